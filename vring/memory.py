@@ -1,0 +1,301 @@
+"""Guest memory: regions of shared memory under guest physical addresses.
+
+Owns memfd and file mappings; also wraps memory an emulator already has. Knows nothing of queues or balloons.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from vring._vring import ffi, lib
+from vring.errors import GuestAddressError, UsageError
+
+__all__ = ["PAGE_SHIFT", "PAGE_SIZE", "GuestMemory", "Region"]
+
+PAGE_SIZE: int = lib.DIRTY_PAGE_SIZE
+PAGE_SHIFT = PAGE_SIZE.bit_length() - 1
+
+
+@dataclass(frozen=True, slots=True)
+class Region:
+    """One contiguous piece of guest RAM."""
+
+    gpa: int
+    """First guest physical address, bytes, a multiple of 4096."""
+    size: int
+    """Bytes, a multiple of 4096."""
+    fd: int = -1
+    """Descriptor of the memory object behind it, or -1 where there is none (an emulator's own buffer)."""
+    offset: int = 0
+    """Where the region starts in that object, bytes."""
+
+    @property
+    def end(self) -> int:
+        """First guest address after the region."""
+        return self.gpa + self.size
+
+
+class GuestMemory:
+    """RAM of a guest: one or more regions, with holes between them.
+
+    Make one with `create`, `from_fds` or `from_buffers`. A page is 4096 bytes and is numbered by its guest address
+    divided by 4096, so page numbers have holes where the memory has.
+
+    Parameters
+    ----------
+    regions
+        The pieces, in any order; they must not overlap.
+    buffers
+        A writable buffer of exactly ``region.size`` bytes for each region.
+
+    Raises
+    ------
+    UsageError
+        If regions overlap, are empty, misaligned, more than 16, or a buffer has another size.
+    """
+
+    def __init__(self, regions: Sequence[Region], buffers: Sequence[Any]) -> None:
+        order = sorted(range(len(regions)), key=lambda i: regions[i].gpa)
+        self.regions: tuple[Region, ...] = tuple(regions[i] for i in order)
+        self._buffers = [buffers[i] for i in order]
+        if not self.regions:
+            raise UsageError("guest memory needs at least one region")
+        if len(self.regions) > lib.VQ_MAX_REGIONS:
+            raise UsageError(f"{len(self.regions)} regions of guest memory, at most {lib.VQ_MAX_REGIONS} are supported")
+        last_end = 0
+        for region in self.regions:
+            if region.size <= 0 or region.size % PAGE_SIZE or region.gpa % PAGE_SIZE or region.gpa < 0:
+                raise UsageError(f"region at {region.gpa:#x} of {region.size} bytes is not made of whole 4096-byte pages")
+            if region.gpa < last_end:
+                raise UsageError(f"region at {region.gpa:#x} overlaps the one before it, which ends at {last_end:#x}")
+            last_end = region.end
+        self._arrays: list[npt.NDArray[np.uint8]] = []
+        self._views: list[memoryview] = []
+        self.c_table = ffi.new("struct vq_memory *")
+        """The same table for C (``struct vq_memory *``); lives as long as this object."""
+        for i, (region, buffer) in enumerate(zip(self.regions, self._buffers, strict=True)):
+            array: npt.NDArray[np.uint8] = np.frombuffer(buffer, dtype=np.uint8)
+            if array.size != region.size:
+                raise UsageError(f"buffer for the region at {region.gpa:#x} has {array.size} bytes, not {region.size}")
+            if not array.flags.writeable:
+                raise UsageError(f"buffer for the region at {region.gpa:#x} is read-only")
+            self._arrays.append(array)
+            self._views.append(memoryview(buffer).cast("B"))
+            entry = self.c_table.region[i]
+            entry.gpa, entry.size = region.gpa, region.size
+            entry.host = ffi.cast("uint8_t *", array.ctypes.data)
+        self.c_table.count = len(self.regions)
+        self._owned_fds: list[int] = []
+
+    # -- making one ---------------------------------------------------------------------------------------------
+
+    @classmethod
+    def create(
+        cls, layout: int | Iterable[tuple[int, int]], *, name: str = "guest-ram", path: str | os.PathLike[str] | None = None
+    ) -> GuestMemory:
+        """Make fresh, sparse, shared memory: a memfd, or an unlinked file.
+
+        Parameters
+        ----------
+        layout
+            Size in bytes of one region at address 0, or ``(gpa, size)`` pairs.
+        name
+            Shown in ``/proc/PID/maps``.
+        path
+            A folder: back the memory by an unlinked file there instead of a memfd.
+
+        Raises
+        ------
+        UsageError
+            If the layout is malformed.
+        OSError
+            If the memory cannot be had.
+        """
+        pairs = [(0, layout)] if isinstance(layout, int) else list(layout)
+        if path is None:
+            fd = os.memfd_create(name, os.MFD_CLOEXEC)
+        else:
+            fd = os.open(path, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
+        try:
+            os.ftruncate(fd, sum(size for _, size in pairs))
+            offset = 0
+            regions = []
+            for gpa, size in pairs:
+                regions.append(Region(gpa, size, fd, offset))
+                offset += size
+            memory = cls.from_fds(regions)
+        finally:
+            os.close(fd)
+        return memory
+
+    @classmethod
+    def from_fds(cls, regions: Iterable[Region]) -> GuestMemory:
+        """Map memory objects shared by descriptor, as in a vhost-user memory table.
+
+        Descriptors are duplicated; the caller keeps its own.
+
+        Raises
+        ------
+        UsageError
+            If a region is malformed or reaches past the end of its object.
+        """
+        owned: dict[int, int] = {}
+        mine, maps = [], []
+        try:
+            for region in regions:
+                if region.fd not in owned:
+                    owned[region.fd] = os.dup(region.fd)
+                fd = owned[region.fd]
+                if region.size <= 0 or region.offset < 0 or region.offset % PAGE_SIZE:
+                    raise UsageError(f"region at {region.gpa:#x}: size {region.size}, offset {region.offset} cannot be mapped")
+                have = os.fstat(fd).st_size
+                if region.offset + region.size > have:
+                    raise UsageError(
+                        f"region at {region.gpa:#x} needs bytes up to {region.offset + region.size:#x} "
+                        f"of an object that has {have:#x}"
+                    )
+                maps.append(mmap.mmap(fd, region.size, mmap.MAP_SHARED, offset=region.offset))
+                mine.append(Region(region.gpa, region.size, fd, region.offset))
+            memory = cls(mine, maps)
+        except BaseException:
+            for fd in owned.values():
+                os.close(fd)
+            raise
+        memory._owned_fds = list(owned.values())
+        return memory
+
+    @classmethod
+    def from_buffers(cls, buffers: Iterable[tuple[int, Any]]) -> GuestMemory:
+        """Wrap memory that somebody else owns, with no copy: ``(gpa, writable buffer)`` pairs."""
+        pairs = list(buffers)
+        regions = [Region(gpa, memoryview(buffer).nbytes) for gpa, buffer in pairs]
+        return cls(regions, [buffer for _, buffer in pairs])
+
+    # -- what there is --------------------------------------------------------------------------------------------
+
+    @property
+    def size(self) -> int:
+        """Bytes of RAM, holes not counted."""
+        return sum(region.size for region in self.regions)
+
+    @property
+    def end(self) -> int:
+        """First guest address after all regions."""
+        return self.regions[-1].end
+
+    @property
+    def page_span(self) -> int:
+        """Number of pages from address 0 to `end`, holes counted: the length of a page bitmap."""
+        return self.end >> PAGE_SHIFT
+
+    @property
+    def arrays(self) -> tuple[npt.NDArray[np.uint8], ...]:
+        """One uint8 array per region, over the shared memory itself."""
+        return tuple(self._arrays)
+
+    def region_index(self, gpa: int, length: int = 1) -> int:
+        """Return the index of the region that holds ``[gpa, gpa + length)``.
+
+        Raises
+        ------
+        GuestAddressError
+            If no single region does.
+        """
+        for i, region in enumerate(self.regions):
+            if region.gpa <= gpa and gpa + length <= region.end:
+                return i
+        raise GuestAddressError(f"guest range {gpa:#x}+{length:#x} is not inside one region of RAM ({self.describe()})")
+
+    def covers(self, gpa: int, length: int) -> bool:
+        """Whether all of ``[gpa, gpa + length)`` is RAM, in one region or in several that touch."""
+        at, end = gpa, gpa + length
+        for region in self.regions:
+            if region.gpa <= at < region.end:
+                at = min(end, region.end)
+        return at >= end and length > 0
+
+    def describe(self) -> str:
+        """Return the regions in words, for messages."""
+        return ", ".join(f"{r.gpa:#x}..{r.end - 1:#x}" for r in self.regions)
+
+    # -- access ---------------------------------------------------------------------------------------------------
+
+    def view(self, gpa: int, length: int) -> memoryview:
+        """Return a writable memoryview of bytes inside one region, no copy."""
+        i = self.region_index(gpa, length)
+        start = gpa - self.regions[i].gpa
+        return self._views[i][start : start + length]
+
+    def array(self, gpa: int, count: int, dtype: npt.DTypeLike = np.uint8) -> npt.NDArray[Any]:
+        """Return a numpy array of `count` items of `dtype` over the shared memory at `gpa`, no copy."""
+        kind = np.dtype(dtype)
+        i = self.region_index(gpa, count * kind.itemsize)
+        start = gpa - self.regions[i].gpa
+        return self._arrays[i][start : start + count * kind.itemsize].view(kind)
+
+    def read(self, gpa: int, length: int) -> bytes:
+        """Return a copy of `length` bytes at `gpa`; the range may cross regions that touch."""
+        parts = []
+        for i, start, n in self._pieces(gpa, length):
+            parts.append(bytes(self._views[i][start : start + n]))
+        return b"".join(parts)
+
+    def write(self, gpa: int, data: bytes | bytearray | memoryview) -> None:
+        """Store `data` at `gpa`; the range may cross regions that touch."""
+        done = 0
+        for i, start, n in self._pieces(gpa, len(data)):
+            self._views[i][start : start + n] = data[done : done + n]
+            done += n
+
+    def _pieces(self, gpa: int, length: int) -> list[tuple[int, int, int]]:
+        if length and not self.covers(gpa, length):
+            raise GuestAddressError(f"guest range {gpa:#x}+{length:#x} is not all RAM ({self.describe()})")
+        pieces = []
+        while length > 0:
+            i = self.region_index(gpa)
+            n = min(length, self.regions[i].end - gpa)
+            pieces.append((i, gpa - self.regions[i].gpa, n))
+            gpa += n
+            length -= n
+        return pieces
+
+    def host_address(self, gpa: int, length: int = 1) -> int:
+        """Return the address in this process of guest bytes inside one region (a C pointer as an int)."""
+        i = self.region_index(gpa, length)
+        return int(self._arrays[i].ctypes.data) + gpa - self.regions[i].gpa
+
+    # -- end ------------------------------------------------------------------------------------------------------
+
+    def close(self) -> None:
+        """Unmap and close what this object owns. Arrays handed out before must not be used afterwards.
+
+        A mapping that an array still refers to is unmapped by Python once that array is gone.
+        """
+        self._arrays.clear()
+        for view in self._views:
+            view.release()
+        self._views.clear()
+        for buffer in self._buffers:
+            if isinstance(buffer, mmap.mmap):
+                try:
+                    buffer.close()
+                except BufferError:  # an array handed out is still alive: it keeps the mapping until it goes
+                    pass
+        self._buffers.clear()
+        self.c_table.count = 0
+        for fd in self._owned_fds:
+            os.close(fd)
+        self._owned_fds.clear()
+
+    def __enter__(self) -> GuestMemory:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
