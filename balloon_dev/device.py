@@ -260,7 +260,7 @@ class BalloonDevice:
         for first, pages in runs:
             if not 0 <= first <= first + pages <= self._ballooned.size * 64:
                 raise UsageError(f"saved device state is malformed: ballooned pages {first}+{pages} are outside RAM")
-            bitmap.set_runs(self._ballooned, first, pages)
+            bitmap.set_run(self._ballooned, first, pages)
         self._publish()
 
     # -- queues ---------------------------------------------------------------------------------------------------
@@ -402,7 +402,7 @@ class BalloonDevice:
         counts = np.diff(np.concatenate(([0], breaks, [len(pfns)]))).astype(np.uint64)
         for first, count in zip(firsts.tolist(), counts.tolist(), strict=True):
             if role is QueueRole.INFLATE:
-                bitmap.set_runs(self._ballooned, first, count)
+                bitmap.set_run(self._ballooned, first, count)
             else:
                 bitmap.clear_run(self._ballooned, first, count)
         if role is QueueRole.INFLATE and self.discard is not None:

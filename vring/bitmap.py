@@ -12,7 +12,19 @@ import numpy.typing as npt
 
 from vring._vring import ffi, lib
 
-__all__ = ["Bitmap", "clear_ranges", "count", "digest_pages", "empty", "pages_of", "runs", "set_runs", "to_bools"]
+__all__ = [
+    "Bitmap",
+    "clear_ranges",
+    "clear_run",
+    "count",
+    "digest_pages",
+    "empty",
+    "pages_of",
+    "runs",
+    "set_ranges",
+    "set_run",
+    "to_bools",
+]
 
 Bitmap = npt.NDArray[np.uint64]
 _RUNS = 4096
@@ -33,7 +45,7 @@ def count(bitmap: Bitmap) -> int:
     return int(lib.dirty_count(words(bitmap), 0, bitmap.size * 64))
 
 
-def set_runs(bitmap: Bitmap, first: int, pages: int) -> None:
+def set_run(bitmap: Bitmap, first: int, pages: int) -> None:
     """Set pages ``[first, first + pages)``."""
     if first < 0 or first + pages > bitmap.size * 64:
         raise IndexError(f"pages {first}..{first + pages} are outside a bitmap of {bitmap.size * 64}")
@@ -54,6 +66,12 @@ def clear_ranges(bitmap: Bitmap, addr: npt.NDArray[np.uint64], length: npt.NDArr
     """
     a, n = np.ascontiguousarray(addr, dtype=np.uint64), np.ascontiguousarray(length, dtype=np.uint64)
     return int(lib.dirty_clear_ranges(words(bitmap), bitmap.size * 64, words(a), words(n), a.size))
+
+
+def set_ranges(bitmap: Bitmap, addr: npt.NDArray[np.uint64], length: npt.NDArray[np.uint64]) -> None:
+    """Set the pages wholly inside the byte ranges ``addr[i], length[i]``; what lies outside the bitmap is left alone."""
+    a, n = np.ascontiguousarray(addr, dtype=np.uint64), np.ascontiguousarray(length, dtype=np.uint64)
+    lib.dirty_set_ranges(words(bitmap), bitmap.size * 64, words(a), words(n), a.size)
 
 
 def runs(bitmap: Bitmap, first: int = 0, end: int | None = None) -> tuple[npt.NDArray[np.uint64], npt.NDArray[np.uint64]]:

@@ -53,19 +53,35 @@ COUNTS_BITS int64_t dirty_count(const uint64_t *map, uint64_t first, uint64_t n)
     return count;
 }
 
+/* The pages wholly inside bytes [addr, addr + len), cut to the bitmap; rounded inwards, since a page of which only a
+ * part was hinted must be sent. */
+static uint64_t whole_pages(uint64_t addr, uint64_t len, uint64_t pages, uint64_t *first)
+{
+    uint64_t end = (addr + len < addr ? UINT64_MAX : addr + len) / DIRTY_PAGE_SIZE;
+    if (end > pages)
+        end = pages;
+    *first = addr / DIRTY_PAGE_SIZE + (addr % DIRTY_PAGE_SIZE != 0);
+    return *first < end ? end - *first : 0;
+}
+
 int64_t dirty_clear_ranges(uint64_t *map, uint64_t pages, const uint64_t *addr, const uint64_t *len, uint64_t count)
 {
     int64_t cleared = 0;
+    uint64_t first;
     for (uint64_t i = 0; i < count; i++) {
-        /* Rounded inwards: a page of which only a part was hinted must be sent. */
-        const uint64_t first = addr[i] / DIRTY_PAGE_SIZE + (addr[i] % DIRTY_PAGE_SIZE != 0);
-        uint64_t end = (addr[i] + len[i] < addr[i] ? UINT64_MAX : addr[i] + len[i]) / DIRTY_PAGE_SIZE;
-        if (end > pages)
-            end = pages;
-        if (first < end)
-            cleared += dirty_clear(map, first, end - first);
+        const uint64_t n = whole_pages(addr[i], len[i], pages, &first);
+        cleared += dirty_clear(map, first, n);
     }
     return cleared;
+}
+
+void dirty_set_ranges(uint64_t *map, uint64_t pages, const uint64_t *addr, const uint64_t *len, uint64_t count)
+{
+    uint64_t first;
+    for (uint64_t i = 0; i < count; i++) {
+        const uint64_t n = whole_pages(addr[i], len[i], pages, &first);
+        dirty_set(map, first, n);
+    }
 }
 
 int64_t dirty_runs(const uint64_t *map, uint64_t first, uint64_t end, uint64_t *starts, uint64_t *lengths, uint64_t max,
