@@ -335,8 +335,8 @@ class BalloonDevice:
 
     def _log_used_ring(self, queue: DeviceQueue) -> None:
         if self.dirty_log is not None:
-            first, pages = queue.used_pages
-            self.dirty_log.mark(first, pages)
+            pages = queue.used_pages
+            self.dirty_log.mark(pages.start, len(pages))
 
     def _gather(self, segs: npt.NDArray[Any]) -> bytes:
         assert self._memory is not None
