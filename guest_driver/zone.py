@@ -383,6 +383,22 @@ class Zone:
         self._journal = (journal, buffer) if journal and code == 0 else None
         self._check(code, "using a journal")
 
+    def use_dirty_log(self, words: npt.NDArray[np.uint64] | None) -> None:
+        """Mark every write of this process to pages of the zone in a shared bitmap; None to stop.
+
+        What lies in the kernel area (mem_map, queues, driver state) is not marked: whoever reads the log counts that
+        area as always written.
+
+        Raises
+        ------
+        UsageError
+            If it has fewer bits than RAM has pages (holes counted).
+        """
+        pointer = ffi.NULL if words is None else ffi.from_buffer("uint64_t[]", words, require_writable=True)
+        code = lib.pa_dirty_log_use(self._view, pointer, 0 if words is None else len(words) * 64)
+        self._dirty_log = None if words is None or code else (words, pointer)
+        self._check(code, "using a dirty log")
+
     def stamp(self, pfns: Pfns) -> None:
         """Stamp pages in the journal, for a writer that stores by other means: call it before and after."""
         if self._journal is not None:

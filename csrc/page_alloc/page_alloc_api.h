@@ -118,6 +118,7 @@ struct pa_view {
     uint64_t zone_bytes; /* room for header and mem_map there */
     uint8_t *journal;    /* struct pa_journal, or NULL */
     uint64_t journal_pages;
+    uint64_t *dirty_log; /* bitmap of pages shared with a host that cannot see writes by itself, or NULL */
     uint32_t region_count;
     uint32_t reserved;
     struct pa_region region[PA_MAX_REGIONS];
@@ -215,5 +216,8 @@ struct pa_journal {
 
 /* Use the journal mapped at `base`, `bytes` long; NULL to use none. 0 or PA_EJOURNAL. */
 int pa_journal_use(struct pa_view *view, uint8_t *base, uint64_t bytes);
+/* Mark pages written from now on in a bitmap of `pages` bits, after each store and with release order; whoever fetches
+ * a word clears it in one atomic step. NULL to mark none. 0 or PA_EJOURNAL if it is shorter than this RAM. */
+int pa_dirty_log_use(struct pa_view *view, uint64_t *log, uint64_t pages);
 /* Stamp pages with the current epoch; for writers other than pa_write, before and after their store. 0 or PA_EPFN. */
 int pa_journal_stamp(const struct pa_view *view, uint64_t n, const uint64_t *pfns);

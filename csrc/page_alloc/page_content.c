@@ -63,6 +63,29 @@ int pa_journal_use(struct pa_view *view, uint8_t *base, uint64_t bytes)
     return 0;
 }
 
+int pa_dirty_log_use(struct pa_view *view, uint64_t *log, uint64_t pages)
+{
+    view->dirty_log = NULL;
+    for (uint32_t i = 0; log != NULL && i < view->region_count; i++) {
+        if (view->region[i].end_pfn > pages)
+            return PA_EJOURNAL;
+    }
+    view->dirty_log = log;
+    return 0;
+}
+
+/* After the stores: who fetches the bit (acquire) sees them. */
+static void mark_dirty(const struct pa_view *view, uint64_t count, const uint64_t *pfns, uint64_t pages)
+{
+    if (view->dirty_log == NULL)
+        return;
+    for (uint64_t i = 0; i < count; i++) {
+        for (uint64_t pfn = pfns[i]; pfn < pfns[i] + pages; pfn++)
+            atomic_fetch_or_explicit((_Atomic uint64_t *)&view->dirty_log[pfn / 64], UINT64_C(1) << pfn % 64,
+                                     memory_order_release);
+    }
+}
+
 static void stamp(const struct pa_view *view, uint64_t pfn, uint32_t epoch)
 {
     _Atomic uint64_t *entry = (_Atomic uint64_t *)(void *)(view->journal + PA_JOURNAL_HEADER) + pfn;
@@ -102,6 +125,7 @@ static void stamp_before(const struct pa_view *view, uint64_t count, const uint6
  * between moving the epoch and reading pages. */
 static void stamp_after(const struct pa_view *view, uint64_t count, const uint64_t *pfns, uint64_t pages)
 {
+    mark_dirty(view, count, pfns, pages);
     if (view->journal == NULL)
         return;
     atomic_thread_fence(memory_order_seq_cst);
