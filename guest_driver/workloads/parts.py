@@ -88,7 +88,7 @@ class Churn(Part):
 
     CURSOR, LEFT, KEEP, RUN, KEEPING = 4, 5, 6, 7, 8
     FILL, CUT, READY = 0, 1, 2
-    FILL_PAGES = 256
+    FILL_PAGES = 128
     CUT_PAGES = 2048
 
     def __init__(self, manager: MemoryManager, words: Words, tag: int, spec: ChurnSpec) -> None:
@@ -97,7 +97,7 @@ class Churn(Part):
         self._room = np.empty(self.FILL_PAGES, dtype=np.uint64)
 
     def setup_step(self) -> bool:
-        """Fill 1 MiB, or decide on 8 MiB of what was filled."""
+        """Fill 512 KiB, or decide on 8 MiB of what was filled."""
         phase = self.get(self.PHASE)
         if phase == self.FILL:
             pfns = self.manager.alloc_pages_bulk(
@@ -240,8 +240,8 @@ class Build(Part):
         pfns, _, cursor = self.manager.owned_from(
             self.get(self.HAND), Owner.WORKLOAD, self.cache_tag, limit=n, scan=self.SCAN
         )
-        # The hand is a page that starts no block any more once its neighbours were merged: walking from inside a block
-        # steps over pages without marks, which is harmless.
+        # The hand may point inside a block by now, its neighbours having been merged. The walk then goes page by page
+        # until the next block begins, which is harmless.
         self.words[self.HAND] = cursor if cursor < self.manager.end_pfn else 0
         return pfns
 

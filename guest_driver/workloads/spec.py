@@ -10,7 +10,10 @@ from vring.memory import PAGE_SIZE
 
 __all__ = ["FORMS", "BuildSpec", "ChurnSpec", "IdleSpec", "PartSpec", "WriterSpec", "parse_workload"]
 
-FORMS = "idle, churn[:SHARE%[@EXTENT]], writer:SET@RATE, build[:RATE], joined by '+'; sizes such as 64M, rates such as 50M/s"
+FORMS = (
+    "idle, churn[:SHARE%[@EXTENT]], writer:SET@RATE, build[:RATE], joined by '+'; "
+    "sizes such as 64M, rates such as 50M/s"
+)
 MAX_PARTS = 4
 
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
@@ -58,7 +61,8 @@ def _size(text: str, what: str, whole: str) -> int:
     size = int(float(match[1]) * _UNITS[match[2].upper()]) if match else 0
     if size < PAGE_SIZE:
         raise UsageError(
-            f"workload {whole!r}: {text!r} is no {what}; write a size of at least {PAGE_SIZE} bytes, such as 16M (K, M, G, T)"
+            f"workload {whole!r}: {text!r} is no {what}; "
+            f"write a size of at least {PAGE_SIZE} bytes, such as 16M (K, M, G, T)"
         )
     return size
 
