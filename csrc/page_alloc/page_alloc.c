@@ -157,19 +157,19 @@ static int64_t take_block(struct pa_zone *zone, struct pa_page *map, uint32_t or
 }
 
 int64_t pa_alloc_bulk(const struct pa_view *view, uint32_t order, uint64_t n, uint32_t flags, uint32_t owner,
-                      uint32_t tag, uint64_t *out)
+                      uint32_t tag, uint64_t *out, int *error)
 {
     struct pa_zone *zone = pa_zone_of(view);
     struct pa_page *map = pa_map_of(view);
     if (order >= PA_MAX_ORDER || owner == PA_OWNER_NONE || owner >= PA_OWNER_FREE || tag >= PA_ANY)
         return PA_EINVAL;
-    int64_t error = 0;
+    int failed = 0;
     uint64_t got = 0;
     while (got < n) {
         uint64_t most = n - got;
         if (zone->fail_next || zone->fail_every) {
             if (injected(zone, order)) {
-                error = PA_EINJECTED;
+                failed = PA_EINJECTED;
                 break;
             }
             most = 1; /* so that every block is one attempt */
@@ -178,7 +178,7 @@ int64_t pa_alloc_bulk(const struct pa_view *view, uint32_t order, uint64_t n, ui
             uint64_t spare =
                 zone->free_pages > zone->watermark_min ? zone->free_pages - zone->watermark_min : 0;
             if (spare >> order == 0) {
-                error = PA_EWATERMARK;
+                failed = PA_EWATERMARK;
                 break;
             }
             if (most > spare >> order)
@@ -187,7 +187,7 @@ int64_t pa_alloc_bulk(const struct pa_view *view, uint32_t order, uint64_t n, ui
         uint32_t from = 0;
         int64_t at = take_block(zone, map, order, &from);
         if (at < 0) {
-            error = at;
+            failed = (int)at;
             break;
         }
         /* Cut as many as wanted off the low end in one go. Single allocations would come to the same: all
@@ -215,15 +215,17 @@ int64_t pa_alloc_bulk(const struct pa_view *view, uint32_t order, uint64_t n, ui
         zone->free_pages -= take << order;
     }
     zone->allocations += got;
-    if (error)
+    if (failed)
         zone->failures++;
-    return got || !error ? (int64_t)got : error;
+    if (error)
+        *error = failed;
+    return got || !failed ? (int64_t)got : failed;
 }
 
 int64_t pa_alloc(const struct pa_view *view, uint32_t order, uint32_t flags, uint32_t owner, uint32_t tag)
 {
     uint64_t pfn = 0;
-    int64_t got = pa_alloc_bulk(view, order, 1, flags, owner, tag, &pfn);
+    int64_t got = pa_alloc_bulk(view, order, 1, flags, owner, tag, &pfn, NULL);
     return got == 1 ? (int64_t)pfn : got;
 }
 

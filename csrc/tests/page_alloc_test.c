@@ -116,13 +116,15 @@ static void allocate(struct test *t)
     uint32_t flags = next_random(t) % 4 ? 0 : PA_ATOMIC;
     uint64_t n = next_random(t) % 2 ? 1 : next_random(t) % 64;
     uint64_t limit = flags || t->free_pages < WATERMARK ? t->free_pages : t->free_pages - WATERMARK;
-    int64_t got = pa_alloc_bulk(&t->view, order, n, flags, owner, 1, out);
+    int error = 0;
+    int64_t got = pa_alloc_bulk(&t->view, order, n, flags, owner, 1, out, &error);
     if (got < 0) {
         CHECK(got == PA_ENOMEM || got == PA_EWATERMARK);
         CHECK(got != PA_EWATERMARK || !flags);
         CHECK(order > 0 || limit == 0 || (!flags && t->free_pages <= WATERMARK));
         return;
     }
+    CHECK(((uint64_t)got == n) == (error == 0));
     CHECK((uint64_t)got <= n && (uint64_t)got << order <= limit);
     for (int64_t i = 0; i < got; i++)
         took(t, out[i], order, owner);
@@ -202,7 +204,7 @@ static void damage(struct test *t)
     }
     for (uint32_t i = 0; i < 2000; i++) {
         uint32_t order = (uint32_t)(next_random(t) % PA_MAX_ORDER);
-        int64_t got = pa_alloc_bulk(&t->view, order, 1 + next_random(t) % 16, PA_ATOMIC, 2, 0, out);
+        int64_t got = pa_alloc_bulk(&t->view, order, 1 + next_random(t) % 16, PA_ATOMIC, 2, 0, out, &error);
         if (got > 0 && next_random(t) % 2)
             pa_free_bulk(&t->view, order, (uint64_t)got, out, &error);
         pa_free(&t->view, next_random(t) % PAGES, order);
