@@ -227,11 +227,11 @@ class MemoryManager(Zone):
         if not len(out):
             return 0, False
         pointer = ffi.from_buffer("uint64_t[]", out)
-        failures = self._zone.failures
-        got: int = lib.pa_alloc_bulk(self._view, order, len(out), flags & lib.PA_ATOMIC, owner, tag, pointer)
-        if got < 0:
-            return 0, self._is_short(got, order, owner, tag)
-        return got, got < len(out) and self._zone.failures != failures
+        flags &= lib.PA_ATOMIC
+        got: int = lib.pa_alloc_bulk(self._view, order, len(out), flags, owner, tag, pointer, self._error)
+        if got == len(out):
+            return got, False
+        return max(got, 0), self._is_short(got if got < 0 else self._error[0], order, owner, tag)
 
     @staticmethod
     def _is_short(code: int, order: int, owner: int, tag: int) -> bool:

@@ -1,4 +1,5 @@
-/* The buddy system: making a zone, allocating, freeing. Walks are in page_walk.c, page bytes in page_content.c. */
+/* The buddy system: making a zone, allocating, freeing. Walks are in page_walk.c, page bytes in
+ * page_content.c. */
 #include <string.h>
 
 #include "page_alloc/page_alloc_internal.h"
@@ -15,14 +16,15 @@ static void list_push(struct pa_zone *zone, struct pa_page *map, uint32_t at, ui
     page->tag = 0;
     page->prev = PA_NIL;
     page->next = area->head;
-    if (area->head < zone->end_pfn - zone->base_pfn) /* PA_NIL is not; neither is a damaged head, left to pa_verify */
+    if (area->head <
+        zone->end_pfn - zone->base_pfn) /* PA_NIL is not; neither is a damaged head, left to pa_verify */
         map[area->head].prev = at;
     area->head = at;
     area->count++;
 }
 
-/* Take a free block off its list. RAM may have come out of a migration damaged, so links are checked before they are
- * followed: a broken one is reported, never written through. */
+/* Take a free block off its list. RAM may have come out of a migration damaged, so links are checked before
+ * they are followed: a broken one is reported, never written through. */
 static int list_remove(struct pa_zone *zone, struct pa_page *map, uint32_t at, uint32_t order)
 {
     struct pa_free_area *area = &zone->free_area[order];
@@ -56,7 +58,8 @@ uint64_t pa_zone_bytes(uint64_t pages)
 int pa_init(const struct pa_view *view, uint64_t base_pfn, uint64_t end_pfn, uint64_t watermark_min,
             uint64_t content_seed)
 {
-    if (base_pfn >= end_pfn || end_pfn - base_pfn >= PA_NIL || pa_zone_bytes(end_pfn - base_pfn) > view->zone_bytes)
+    if (base_pfn >= end_pfn || end_pfn - base_pfn >= PA_NIL ||
+        pa_zone_bytes(end_pfn - base_pfn) > view->zone_bytes)
         return PA_EINVAL;
     struct pa_zone *zone = pa_zone_of(view);
     memset(view->zone, 0, pa_zone_bytes(end_pfn - base_pfn));
@@ -101,7 +104,8 @@ int pa_add_range(const struct pa_view *view, uint64_t start_pfn, uint64_t end_pf
 int pa_attach(const struct pa_view *view)
 {
     const struct pa_zone *zone = pa_zone_of(view);
-    if (view->zone_bytes < PA_MEM_MAP_OFFSET || zone->magic != PA_ZONE_MAGIC || zone->version != PA_ZONE_VERSION)
+    if (view->zone_bytes < PA_MEM_MAP_OFFSET || zone->magic != PA_ZONE_MAGIC ||
+        zone->version != PA_ZONE_VERSION)
         return PA_VHEADER;
     if (zone->base_pfn >= zone->end_pfn || zone->end_pfn - zone->base_pfn >= PA_NIL ||
         zone->mem_map != PA_MEM_MAP_OFFSET)
@@ -153,27 +157,28 @@ static int64_t take_block(struct pa_zone *zone, struct pa_page *map, uint32_t or
 }
 
 int64_t pa_alloc_bulk(const struct pa_view *view, uint32_t order, uint64_t n, uint32_t flags, uint32_t owner,
-                      uint32_t tag, uint64_t *out)
+                      uint32_t tag, uint64_t *out, int *error)
 {
     struct pa_zone *zone = pa_zone_of(view);
     struct pa_page *map = pa_map_of(view);
     if (order >= PA_MAX_ORDER || owner == PA_OWNER_NONE || owner >= PA_OWNER_FREE || tag >= PA_ANY)
         return PA_EINVAL;
-    int64_t error = 0;
+    int failed = 0;
     uint64_t got = 0;
     while (got < n) {
         uint64_t most = n - got;
         if (zone->fail_next || zone->fail_every) {
             if (injected(zone, order)) {
-                error = PA_EINJECTED;
+                failed = PA_EINJECTED;
                 break;
             }
             most = 1; /* so that every block is one attempt */
         }
         if (!(flags & PA_ATOMIC)) {
-            uint64_t spare = zone->free_pages > zone->watermark_min ? zone->free_pages - zone->watermark_min : 0;
+            uint64_t spare =
+                zone->free_pages > zone->watermark_min ? zone->free_pages - zone->watermark_min : 0;
             if (spare >> order == 0) {
-                error = PA_EWATERMARK;
+                failed = PA_EWATERMARK;
                 break;
             }
             if (most > spare >> order)
@@ -182,11 +187,12 @@ int64_t pa_alloc_bulk(const struct pa_view *view, uint32_t order, uint64_t n, ui
         uint32_t from = 0;
         int64_t at = take_block(zone, map, order, &from);
         if (at < 0) {
-            error = at;
+            failed = (int)at;
             break;
         }
-        /* Cut as many as wanted off the low end in one go. Single allocations would come to the same: all smaller
-         * lists are empty, or this block would not have been taken, so each cut leaves the next one on top. */
+        /* Cut as many as wanted off the low end in one go. Single allocations would come to the same: all
+         * smaller lists are empty, or this block would not have been taken, so each cut leaves the next one
+         * on top. */
         uint64_t take = (uint64_t)1 << (from - order);
         if (take > most)
             take = most;
@@ -209,15 +215,17 @@ int64_t pa_alloc_bulk(const struct pa_view *view, uint32_t order, uint64_t n, ui
         zone->free_pages -= take << order;
     }
     zone->allocations += got;
-    if (error)
+    if (failed)
         zone->failures++;
-    return got || !error ? (int64_t)got : error;
+    if (error)
+        *error = failed;
+    return got || !failed ? (int64_t)got : failed;
 }
 
 int64_t pa_alloc(const struct pa_view *view, uint32_t order, uint32_t flags, uint32_t owner, uint32_t tag)
 {
     uint64_t pfn = 0;
-    int64_t got = pa_alloc_bulk(view, order, 1, flags, owner, tag, &pfn);
+    int64_t got = pa_alloc_bulk(view, order, 1, flags, owner, tag, &pfn, NULL);
     return got == 1 ? (int64_t)pfn : got;
 }
 
@@ -273,7 +281,8 @@ int64_t pa_free_bulk(const struct pa_view *view, uint32_t order, uint64_t n, con
     return (int64_t)n;
 }
 
-int64_t pa_free_owned(const struct pa_view *view, uint64_t start_pfn, uint64_t end_pfn, uint32_t owner, uint32_t tag)
+int64_t pa_free_owned(const struct pa_view *view, uint64_t start_pfn, uint64_t end_pfn, uint32_t owner,
+                      uint32_t tag)
 {
     struct pa_zone *zone = pa_zone_of(view);
     struct pa_page *map = pa_map_of(view);
@@ -282,7 +291,8 @@ int64_t pa_free_owned(const struct pa_view *view, uint64_t start_pfn, uint64_t e
     if (end_pfn > zone->end_pfn)
         end_pfn = zone->end_pfn;
     int64_t freed = 0;
-    /* Page by page, for merging moves the heads of free blocks while we walk; pages inside a block have flags 0. */
+    /* Page by page, for merging moves the heads of free blocks while we walk; pages inside a block have flags
+     * 0. */
     for (uint64_t pfn = start_pfn; pfn < end_pfn; pfn++) {
         const struct pa_page *page = &map[pfn - zone->base_pfn];
         if (page->flags != PA_F_ALLOC || (owner != PA_ANY && page->owner != owner) ||

@@ -139,9 +139,9 @@ int pa_attach(const struct pa_view *view);
 /* Allocate one block of 2^order pages; returns its pfn. */
 int64_t pa_alloc(const struct pa_view *view, uint32_t order, uint32_t flags, uint32_t owner, uint32_t tag);
 /* Allocate up to `n` blocks in one call, exactly those that n calls of pa_alloc would give. Stops at the first failure;
- * returns how many there are in `out`, or the error if there are none. */
+ * returns how many there are in `out`, or the error if there are none. *error (may be NULL) says why there are fewer. */
 int64_t pa_alloc_bulk(const struct pa_view *view, uint32_t order, uint64_t n, uint32_t flags, uint32_t owner,
-                      uint32_t tag, uint64_t *out);
+                      uint32_t tag, uint64_t *out, int *error);
 /* Free a block. 0; or an error with nothing changed; or PA_ECORRUPT: it is free, but could not be merged. */
 int pa_free(const struct pa_view *view, uint64_t pfn, uint32_t order);
 /* Free `n` blocks. Returns how many were freed; if fewer than n, *error says why pfns[result] could not be. */

@@ -29,7 +29,8 @@ static inline uint8_t *pa_page_address(const struct pa_view *view, uint64_t pfn)
     return NULL;
 }
 
-/* Pages of the block that starts at index `at`: its order's for a marked block, else the one reserved page. 0: corrupt. */
+/* Pages of the block that starts at index `at`: its order's for a marked block, else the one reserved page.
+ * 0: corrupt. */
 static inline uint64_t pa_block_pages(const struct pa_zone *zone, const struct pa_page *map, uint64_t at)
 {
     const struct pa_page *page = &map[at];

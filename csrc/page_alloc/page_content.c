@@ -51,8 +51,9 @@ int pa_journal_use(struct pa_view *view, uint8_t *base, uint64_t bytes)
     if (base == NULL)
         return 0;
     const struct pa_journal *journal = (const struct pa_journal *)(const void *)base;
-    if (bytes < PA_JOURNAL_HEADER || journal->magic != PA_JOURNAL_MAGIC || journal->version != PA_JOURNAL_VERSION ||
-        journal->header_bytes != PA_JOURNAL_HEADER || journal->pages > (bytes - PA_JOURNAL_HEADER) / 8)
+    if (bytes < PA_JOURNAL_HEADER || journal->magic != PA_JOURNAL_MAGIC ||
+        journal->version != PA_JOURNAL_VERSION || journal->header_bytes != PA_JOURNAL_HEADER ||
+        journal->pages > (bytes - PA_JOURNAL_HEADER) / 8)
         return PA_EJOURNAL;
     for (uint32_t i = 0; i < view->region_count; i++) {
         if (view->region[i].end_pfn > journal->pages)
@@ -120,9 +121,9 @@ static void stamp_before(const struct pa_view *view, uint64_t count, const uint6
     atomic_thread_fence(memory_order_release);
 }
 
-/* The stores, then a look at the epoch. Without the full fence the load may overtake the stores: the host could move the
- * epoch, read the old content, and find the new content stamped with the old epoch. Pairs with the host's fence
- * between moving the epoch and reading pages. */
+/* The stores, then a look at the epoch. Without the full fence the load may overtake the stores: the host
+ * could move the epoch, read the old content, and find the new content stamped with the old epoch. Pairs with
+ * the host's fence between moving the epoch and reading pages. */
 static void stamp_after(const struct pa_view *view, uint64_t count, const uint64_t *pfns, uint64_t pages)
 {
     mark_dirty(view, count, pfns, pages);
@@ -154,7 +155,8 @@ int pa_journal_stamp(const struct pa_view *view, uint64_t n, const uint64_t *pfn
 
 /* ---- many pages ---- */
 
-int pa_fill(const struct pa_view *view, uint64_t n, const uint64_t *pfns, uint64_t seed, const uint32_t *versions)
+int pa_fill(const struct pa_view *view, uint64_t n, const uint64_t *pfns, uint64_t seed,
+            const uint32_t *versions)
 {
     for (uint64_t i = 0; i < n; i++) {
         uint8_t *page = pa_page_address(view, pfns[i]);
@@ -174,8 +176,8 @@ static void check_one(const uint8_t *page, uint64_t pfn, uint64_t key, struct pa
     }
 }
 
-int pa_check(const struct pa_view *view, uint64_t n, const uint64_t *pfns, uint64_t seed, const uint32_t *versions,
-             struct pa_check_result *result)
+int pa_check(const struct pa_view *view, uint64_t n, const uint64_t *pfns, uint64_t seed,
+             const uint32_t *versions, struct pa_check_result *result)
 {
     *result = (struct pa_check_result){0, 0, UINT64_MAX};
     for (uint64_t i = 0; i < n; i++) {
@@ -188,7 +190,8 @@ int pa_check(const struct pa_view *view, uint64_t n, const uint64_t *pfns, uint6
 }
 
 /* A piece of at most BATCH pages, already known to be RAM and inside the zone. */
-static void write_piece(const struct pa_view *view, uint64_t count, const uint64_t *pfns, uint64_t pages, uint32_t bump)
+static void write_piece(const struct pa_view *view, uint64_t count, const uint64_t *pfns, uint64_t pages,
+                        uint32_t bump)
 {
     const struct pa_zone *zone = pa_zone_of(view);
     struct pa_page *map = pa_map_of(view);
@@ -232,8 +235,8 @@ int64_t pa_write(const struct pa_view *view, uint32_t order, uint64_t n, const u
     return (int64_t)(n << order);
 }
 
-int pa_check_owned(const struct pa_view *view, uint64_t start_pfn, uint64_t end_pfn, uint32_t owner, uint32_t tag,
-                   struct pa_check_result *result)
+int pa_check_owned(const struct pa_view *view, uint64_t start_pfn, uint64_t end_pfn, uint32_t owner,
+                   uint32_t tag, struct pa_check_result *result)
 {
     const struct pa_zone *zone = pa_zone_of(view);
     const struct pa_page *map = pa_map_of(view);

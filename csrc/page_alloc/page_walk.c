@@ -1,4 +1,5 @@
-/* Walks over the whole zone: bitmaps, lists of blocks, and the check of every invariant. They change nothing. */
+/* Walks over the whole zone: bitmaps, lists of blocks, and the check of every invariant. They change nothing.
+ */
 #include "page_alloc/page_alloc_internal.h"
 
 static void set_bits(uint64_t *map, uint64_t first, uint64_t n)
@@ -157,7 +158,8 @@ int pa_verify(const struct pa_view *view, uint64_t *where)
         if (error)
             return error;
     }
-    /* Lists are sound chains of distinct free heads. If mem_map has as many of each order, they are the same ones. */
+    /* Lists are sound chains of distinct free heads. If mem_map has as many of each order, they are the same
+     * ones. */
     uint64_t free_blocks[PA_MAX_ORDER] = {0}, free_pages = 0, managed = 0;
     uint64_t pages = zone->end_pfn - zone->base_pfn;
     for (uint64_t at = 0; at < pages;) {
