@@ -13,7 +13,7 @@
 #include "bench/bench.h"
 
 #define MAX_BATCH BENCH_RING_SIZE
-#define SPINS 2000 /* per call, between looks at the clock */
+#define SPINS     2000 /* per call, between looks at the clock */
 
 /* What the two processes tell each other besides the ring. */
 struct control {
@@ -176,7 +176,8 @@ static int setup(int kind, struct run *run, uint8_t *memory)
 
 static struct run *map_run(size_t bytes, int fd)
 {
-    void *p = mmap(NULL, bytes, PROT_READ | PROT_WRITE, fd < 0 ? MAP_PRIVATE | MAP_ANONYMOUS : MAP_SHARED, fd, 0);
+    void *p =
+        mmap(NULL, bytes, PROT_READ | PROT_WRITE, fd < 0 ? MAP_PRIVATE | MAP_ANONYMOUS : MAP_SHARED, fd, 0);
 
     if (p == MAP_FAILED)
         return NULL;
@@ -233,10 +234,11 @@ static void pin(int cpu)
 }
 
 /* The child: be the device until everything was used. */
-static int device_process(int kind, struct run *run, struct control *control, uint32_t batch, uint64_t buffers,
-                          struct bench_clock *clock)
+static int device_process(int kind, struct run *run, struct control *control, uint32_t batch,
+                          uint64_t buffers, struct bench_clock *clock)
 {
-    __atomic_store_n(&control->ready, 1, __ATOMIC_RELEASE); /* pairs with the parent's acquire before its first buffer */
+    __atomic_store_n(&control->ready, 1,
+                     __ATOMIC_RELEASE); /* pairs with the parent's acquire before its first buffer */
     while (run->device.used < buffers) {
         int n = device_turn(kind, &run->device, batch, SPINS);
 
@@ -249,8 +251,8 @@ static int device_process(int kind, struct run *run, struct control *control, ui
     return 0;
 }
 
-static int driver_process(int kind, struct run *run, struct control *control, uint32_t batch, uint64_t buffers,
-                          struct bench_clock *clock, uint64_t *start)
+static int driver_process(int kind, struct run *run, struct control *control, uint32_t batch,
+                          uint64_t buffers, struct bench_clock *clock, uint64_t *start)
 {
     while (!__atomic_load_n(&control->ready, __ATOMIC_ACQUIRE)) {
         if (bench_late(clock))
@@ -268,8 +270,8 @@ static int driver_process(int kind, struct run *run, struct control *control, ui
     return 0;
 }
 
-int bench_two_processes(int kind, uint32_t batch, uint64_t buffers, int driver_cpu, int device_cpu, double seconds,
-                        struct bench_result *result)
+int bench_two_processes(int kind, uint32_t batch, uint64_t buffers, int driver_cpu, int device_cpu,
+                        double seconds, struct bench_result *result)
 {
     struct bench_clock clock = {bench_now() + (uint64_t)(seconds * 1e9), 0};
     int fd = memfd_create("bench-ring", MFD_CLOEXEC), err = 0, status;

@@ -1,7 +1,8 @@
 /* The reference: a split ring as plain as can be, without checks, one buffer at a time.
  *
- * Free descriptors are linked through the shared table, as the first implementations did it; what each side keeps to
- * itself has cache lines of its own, which alone is worth a factor of two over leaving it next to the ring.
+ * Free descriptors are linked through the shared table, as the first implementations did it; what each side
+ * keeps to itself has cache lines of its own, which alone is worth a factor of two over leaving it next to
+ * the ring.
  */
 
 #include <string.h>
@@ -48,7 +49,8 @@ int plain_get(struct plain_driver *q, uint64_t *token, uint32_t *len)
     const struct vring_used_elem *elements = (const struct vring_used_elem *)(q->used + 2);
     uint32_t id;
 
-    if (__atomic_load_n(&q->used[1], __ATOMIC_ACQUIRE) == q->last_used) /* pairs with the release in plain_use */
+    if (__atomic_load_n(&q->used[1], __ATOMIC_ACQUIRE) ==
+        q->last_used) /* pairs with the release in plain_use */
         return 0;
     id = elements[q->last_used & MASK].id & MASK;
     *len = elements[q->last_used & MASK].len;

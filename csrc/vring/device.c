@@ -195,12 +195,28 @@ static int fetch_avail(struct vq_device *q)
     return ready;
 }
 
+/* Take the buffer of one head, already inside the table. Returns 0, an error of the driver, or VQ_ESEGS. */
+static int take_chain(struct vq_device *q, uint32_t head, const struct vring_desc *d, struct vq_chain *chain,
+                      struct vq_seg *segs, uint32_t room)
+{
+    chain->n_segs = chain->n_readable = 0;
+    chain->readable = chain->writable = 0;
+    if (q->heads[head].held)
+        return bad(q, VQ_EINUSE, head, head);
+    return walk_chain(q, *d, chain, segs, room);
+}
+
 int vq_device_pop(struct vq_device *q, struct vq_chain *chains, uint32_t max_chains, struct vq_seg *segs,
                   uint32_t max_segs)
 {
     const uint32_t mask = q->size - 1;
+    const uint16_t *ring = q->avail + WORD_AVAIL_RING;
+    const struct vring_desc *table = q->desc;
+    struct vq_device_head *heads = q->heads;
+    uint64_t region_gpa, region_size;
     uint32_t n = 0, used_segs = 0;
-    int ready;
+    uint16_t at = q->avail_next;
+    int ready, err = 0;
 
     if (q->error)
         return VQ_EBROKEN;
@@ -208,7 +224,7 @@ int vq_device_pop(struct vq_device *q, struct vq_chain *chains, uint32_t max_cha
         return q->error = q->pending;
     if (max_chains == 0)
         return 0;
-    ready = (uint16_t)(q->avail_seen - q->avail_next);
+    ready = (uint16_t)(q->avail_seen - at);
     if ((uint32_t)ready < max_chains) { /* what was seen last time does not do: look at the shared line */
         ready = fetch_avail(q);
         if (ready < 0)
@@ -216,40 +232,59 @@ int vq_device_pop(struct vq_device *q, struct vq_chain *chains, uint32_t max_cha
     }
     if ((uint32_t)ready > max_chains)
         ready = (int)max_chains;
-    for (; n < (uint32_t)ready; n++) {
-        uint32_t head = load16(q->avail + WORD_AVAIL_RING + (q->avail_next & mask));
-        struct vq_device_head *h = &q->heads[head & mask];
+    region_gpa = q->mem->region[q->region].gpa;
+    region_size = q->mem->region[q->region].size;
+    for (; n < (uint32_t)ready; n++, at++) {
+        uint32_t head = load16(&ring[at & mask]), written;
+        struct vq_device_head *h = &heads[head & mask];
         struct vq_chain *chain = &chains[n];
         struct vring_desc d;
-        int err;
 
         chain->head = head;
-        chain->n_segs = chain->n_readable = 0;
         chain->first_seg = used_segs;
-        chain->readable = chain->writable = 0;
         if (head > mask) {
             err = bad(q, VQ_EHEAD, head, head);
-        } else if (h->held) {
-            err = bad(q, VQ_EINUSE, head, head);
+            break;
+        }
+        d = read_desc(&table[head]);
+        if (!h->held && used_segs < max_segs && d.len != 0 && d.addr - region_gpa < region_size &&
+            d.len <= region_size - (d.addr - region_gpa) &&
+            !(d.flags & (VRING_DESC_F_NEXT | VRING_DESC_F_INDIRECT))) {
+            /* One segment near the one before: nearly every buffer of a balloon. The other path knows no
+             * less. */
+            struct vq_seg *seg = &segs[used_segs++];
+
+            written = d.flags & VRING_DESC_F_WRITE ? d.len : 0;
+            seg->addr = d.addr;
+            seg->len = d.len;
+            seg->flags = d.flags & VRING_DESC_F_WRITE;
+            chain->n_segs = 1;
+            chain->n_readable = written == 0;
+            chain->readable = d.len - written;
+            chain->writable = written;
         } else {
-            d = read_desc(&q->desc[head]);
-            err = walk_chain(q, d, chain, segs + used_segs, max_segs - used_segs);
+            err = take_chain(q, head, &d, chain, segs + used_segs, max_segs - used_segs);
+            if (err)
+                break;
+            used_segs += chain->n_segs;
+            written = chain->writable > UINT32_MAX ? UINT32_MAX : (uint32_t)chain->writable;
         }
-        if (err) {
-            if (err == VQ_ESEGS)
-                return n ? (int)n : VQ_ESEGS;
-            q->bad_index = q->avail_next;
-            if (n == 0)
-                return q->error = err;
-            q->pending = err;
-            return (int)n;
-        }
-        h->writable = chain->writable > UINT32_MAX ? UINT32_MAX : (uint32_t)chain->writable;
-        h->position = q->avail_next;
+        h->writable = written;
+        h->position = at;
         h->held = 1;
-        q->in_flight++;
-        q->avail_next++;
-        used_segs += chain->n_segs;
+    }
+    q->in_flight += n;
+    q->avail_next = at;
+    if (err == VQ_ESEGS) {
+        err = 0;
+        if (n == 0)
+            return VQ_ESEGS;
+    }
+    if (err) {
+        q->bad_index = at;
+        q->pending = err;
+        if (n == 0)
+            return q->error = err;
     }
     return (int)n;
 }
