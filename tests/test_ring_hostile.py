@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from models.ring_model import INDIRECT, NEXT, WRITE, RawRing
+
 from vring.codes import CODES
 from vring.errors import DeviceError, DriverError, UsageError
 from vring.memory import GuestMemory
@@ -141,7 +142,8 @@ def test_indirect_table_across_two_regions(memory, layout, raw):
     """A table, even one entry of it, may lie across regions that touch."""
     device = DeviceQueue(memory, layout, indirect=True)
     entries = b"".join(
-        np.array([e], dtype="<u8,<u4,<u2,<u2").tobytes() for e in [(0x5000, 4, NEXT, 1), (0x5100, 5, NEXT, 2), (0x5200, 6, 0, 0)]
+        np.array([e], dtype="<u8,<u4,<u2,<u2").tobytes()
+        for e in [(0x5000, 4, NEXT, 1), (0x5100, 5, NEXT, 2), (0x5200, 6, 0, 0)]
     )
     memory.write(RAM - 24, entries)
     raw.put(0, RAM - 24, 48, INDIRECT)
@@ -270,7 +272,7 @@ def test_used_len_is_cut_for_lax_devices(memory, layout, raw):
     assert d.cut_lengths == 1
 
 
-# -- set-up and callers --------------------------------------------------------------------------------------------------
+# -- set-up and callers ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("size", [0, 3, 65536, 1 << 31])
@@ -349,7 +351,15 @@ def test_driver_caller(memory, layout, raw):
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("magic", 0), ("size", 7), ("free_tail", 3), ("outstanding", 1), ("avail_next", 9), ("flags", 64), ("indirect_len", 99)],
+    [
+        ("magic", 0),
+        ("size", 7),
+        ("free_tail", 3),
+        ("outstanding", 1),
+        ("avail_next", 9),
+        ("flags", 64),
+        ("indirect_len", 99),
+    ],
 )
 def test_damaged_state(memory, layout, field, value):
     DriverQueue(memory, layout, state=STATE)

@@ -6,6 +6,7 @@ import hypothesis.strategies as st
 from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from models.ring_model import Buffer, QueueModel
+
 from vring.memory import GuestMemory
 from vring.split import DeviceQueue, DriverQueue, QueueLayout
 
@@ -212,9 +213,7 @@ class Ring(RuleBasedStateMachine):
     @rule()
     def another_process_takes_the_device_over(self):
         base = self.device.next_avail
-        self.device = DeviceQueue(
-            self.memory, self.layout, base=base, event_idx=self.event_idx, indirect=self.indirect
-        )
+        self.device = DeviceQueue(self.memory, self.layout, base=base, event_idx=self.event_idx, indirect=self.indirect)
 
     # -- both -------------------------------------------------------------------------------------------------------
 
@@ -232,7 +231,10 @@ class Ring(RuleBasedStateMachine):
         assert self.driver.num_free == self.model.free
         assert self.driver.outstanding == len(self.model.outstanding)
         assert self.device.in_flight == len(self.model.held)
-        flags = int(self.memory.array(self.layout.avail, 1, "u2")[0]), int(self.memory.array(self.layout.used, 1, "u2")[0])
+        flags = (
+            int(self.memory.array(self.layout.avail, 1, "u2")[0]),
+            int(self.memory.array(self.layout.used, 1, "u2")[0]),
+        )
         assert max(flags) <= 1  # split.usednotif.driver-1, split.availnotif.device-1
         if self.event_idx:
             assert flags == (0, 0)  # split.usednotif.driver-3, split.availnotif.device-3

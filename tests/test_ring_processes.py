@@ -10,6 +10,7 @@ import traceback
 
 import numpy as np
 import pytest
+
 from vring.memory import GuestMemory, Region
 from vring.split import SEG_WRITE, DeviceQueue, DriverQueue, QueueLayout
 
@@ -56,13 +57,11 @@ def wait(eventfd):
     os.eventfd_read(eventfd)
 
 
-
-
 @pytest.mark.parametrize("event_idx", [False, True])
 @pytest.mark.parametrize("indirect", [False, True])
 @pytest.mark.parametrize("sleepy", [False, True], ids=["spinning", "sleeping"])
 def test_two_processes(event_idx, indirect, sleepy):
-    """split.supply.driver-1, split.kick.driver-1, split.used.device-1: every buffer arrives whole and comes back answered.
+    """split.supply.driver-1, split.kick.driver-1, split.used.device-1: every buffer arrives whole and is answered.
 
     With `sleepy` each side enables its doorbell and sleeps whenever there is nothing to do: a lost wake-up hangs.
     """

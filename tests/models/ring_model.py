@@ -6,6 +6,7 @@ from collections import deque
 from dataclasses import dataclass, field
 
 import numpy as np
+
 from vring.layout import DESC, USED_ELEM, QueueLayout
 from vring.memory import GuestMemory
 
