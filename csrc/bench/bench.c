@@ -342,3 +342,60 @@ out:
         close(fd);
     return err;
 }
+
+/* Bounce a counter: odd values are written by the child, even ones by the parent. Returns 0 or -ETIMEDOUT. */
+static int bounce(uint32_t *word, uint32_t rounds, uint32_t odd, struct bench_clock *clock)
+{
+    for (uint32_t i = 0; i < rounds; i++) {
+        /* No data rides along, so no order is needed. */
+        while (__atomic_load_n(word, __ATOMIC_RELAXED) != 2 * i + odd) {
+            if (bench_late(clock))
+                return -ETIMEDOUT;
+        }
+        __atomic_store_n(word, 2 * i + odd + 1, __ATOMIC_RELAXED);
+    }
+    return 0;
+}
+
+double bench_line_round_trip(uint32_t rounds, int cpu, int other_cpu, double seconds)
+{
+    struct bench_clock clock = {bench_now() + (uint64_t)(seconds * 1e9), 0};
+    uint32_t *word = mmap(NULL, 4096, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
+    uint64_t start;
+    cpu_set_t before;
+    pid_t child;
+    int err;
+
+    if (word == MAP_FAILED)
+        return -errno;
+    sched_getaffinity(0, sizeof(before), &before);
+    child = fork();
+    if (child < 0) {
+        err = -errno;
+        munmap(word, 4096);
+        return err;
+    }
+    if (child == 0) {
+        pin(other_cpu);
+        _exit(bounce(word, rounds, 1, &clock) ? 1 : 0);
+    }
+    pin(cpu);
+    bounce(word, 1, 0, &clock);
+    while (__atomic_load_n(word, __ATOMIC_RELAXED) != 2 && !bench_late(&clock))
+        ; /* the child runs: start the clock now */
+    start = bench_now();
+    err = 0;
+    for (uint32_t i = 1; !err && i < rounds; i++) {
+        __atomic_store_n(word, 2 * i + 1, __ATOMIC_RELAXED);
+        while (!err && __atomic_load_n(word, __ATOMIC_RELAXED) != 2 * i + 2)
+            err = bench_late(&clock) ? -ETIMEDOUT : 0;
+    }
+    seconds = (double)(bench_now() - start);
+    sched_setaffinity(0, sizeof(before), &before);
+    if (err)
+        kill(child, SIGKILL);
+    while (waitpid(child, NULL, 0) < 0 && errno == EINTR)
+        ;
+    munmap(word, 4096);
+    return err ? err : seconds / (rounds - 1);
+}

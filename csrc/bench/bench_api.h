@@ -28,3 +28,8 @@ int bench_same_thread(int kind, uint32_t batch, uint64_t buffers, struct bench_r
  * `seconds`. */
 int bench_two_processes(int kind, uint32_t batch, uint64_t buffers, int driver_cpu, int device_cpu,
                         double seconds, struct bench_result *result);
+
+/* How long one cache line takes to the other processor and back, with nothing around it, over `rounds`
+ * rounds: the state of the machine that the figures of two processes hang on. Nanoseconds, or a negative
+ * errno. */
+double bench_line_round_trip(uint32_t rounds, int cpu, int other_cpu, double seconds);
