@@ -58,6 +58,10 @@ int vq_device_rebind(struct vq_device *q, const struct vq_memory *mem)
 
 /* ---- taking buffers ---- */
 
+/* Flags as they lie in the second word of a descriptor, and of a segment. */
+#define FOLLOWED ((uint64_t)(VRING_DESC_F_NEXT | VRING_DESC_F_INDIRECT) << 32)
+#define WRITTEN  ((uint64_t)VRING_DESC_F_WRITE << 32)
+
 static int bad(struct vq_device *q, int code, uint32_t desc, uint64_t addr)
 {
     q->bad_desc = desc;
@@ -235,10 +239,10 @@ int vq_device_pop(struct vq_device *q, struct vq_chain *chains, uint32_t max_cha
     region_gpa = q->mem->region[q->region].gpa;
     region_size = q->mem->region[q->region].size;
     for (; n < (uint32_t)ready; n++, at++) {
-        uint32_t head = load16(&ring[at & mask]), written;
+        uint32_t head = load16(&ring[at & mask]), len, written;
         struct vq_device_head *h = &heads[head & mask];
         struct vq_chain *chain = &chains[n];
-        struct vring_desc d;
+        uint64_t addr, rest;
 
         chain->head = head;
         chain->first_seg = used_segs;
@@ -246,23 +250,24 @@ int vq_device_pop(struct vq_device *q, struct vq_chain *chains, uint32_t max_cha
             err = bad(q, VQ_EHEAD, head, head);
             break;
         }
-        d = read_desc(&table[head]);
-        if (!h->held && used_segs < max_segs && d.len != 0 && d.addr - region_gpa < region_size &&
-            d.len <= region_size - (d.addr - region_gpa) &&
-            !(d.flags & (VRING_DESC_F_NEXT | VRING_DESC_F_INDIRECT))) {
+        read_words(&table[head], &addr, &rest);
+        len = (uint32_t)rest;
+        if (!h->held && used_segs < max_segs && len != 0 && addr - region_gpa < region_size &&
+            len <= region_size - (addr - region_gpa) && !(rest & FOLLOWED)) {
             /* One segment near the one before: nearly every buffer of a balloon. The other path knows no
              * less. */
             struct vq_seg *seg = &segs[used_segs++];
 
-            written = d.flags & VRING_DESC_F_WRITE ? d.len : 0;
-            seg->addr = d.addr;
-            seg->len = d.len;
-            seg->flags = d.flags & VRING_DESC_F_WRITE;
+            written = rest & WRITTEN ? len : 0;
+            seg->addr = addr;
+            write_pair(&seg->len, rest & (WRITTEN | UINT32_MAX));
             chain->n_segs = 1;
             chain->n_readable = written == 0;
-            chain->readable = d.len - written;
+            chain->readable = len - written;
             chain->writable = written;
         } else {
+            struct vring_desc d = desc_of(addr, rest);
+
             err = take_chain(q, head, &d, chain, segs + used_segs, max_segs - used_segs);
             if (err)
                 break;
@@ -313,6 +318,8 @@ int vq_device_unpop(struct vq_device *q, const uint32_t *heads, uint32_t n)
 int vq_device_push(struct vq_device *q, const uint32_t *heads, const uint32_t *lens, uint32_t n)
 {
     const uint32_t mask = q->size - 1;
+    struct vq_device_head *held =
+        q->heads; /* a local: stores to shared memory might change *q, for the compiler */
     uint16_t *ring = q->used + WORD_USED_RING;
     uint16_t old = q->used_next, now = old;
 
@@ -322,14 +329,14 @@ int vq_device_push(struct vq_device *q, const uint32_t *heads, const uint32_t *l
         return 0;
     for (uint32_t i = 0; i < n; i++) {
         uint32_t head = heads[i], len = lens[i];
-        struct vq_device_head *h = &q->heads[head & mask];
+        struct vq_device_head *h = &held[head & mask];
         uint16_t *element = ring + 4 * (size_t)(now & mask);
 
         if (head > mask || !h->held || len > h->writable) {
             int err = head > mask || !h->held ? VQ_ENOTHELD : VQ_EINVAL;
 
             while (i--) /* the driver has seen nothing of it: the index was not moved */
-                q->heads[heads[i]].held = 1;
+                held[heads[i]].held = 1;
             return err;
         }
         h->held = 0;
@@ -353,6 +360,8 @@ int vq_device_push(struct vq_device *q, const uint32_t *heads, const uint32_t *l
 int vq_device_exchange(struct vq_device *q, struct vq_device_io *io, uint32_t n_push, uint32_t max_pop,
                        uint32_t spins)
 {
+    const struct vq_chain *chains = io->chains;
+    uint32_t *heads = io->heads;
     int n;
 
     io->n_chains = io->n_segs = io->notify = 0;
@@ -374,10 +383,9 @@ int vq_device_exchange(struct vq_device *q, struct vq_device_io *io, uint32_t n_
     }
     if (n <= 0)
         return n;
-    for (int i = 0; i < n; i++) {
-        io->heads[i] = io->chains[i].head;
-        io->lens[i] = 0;
-    }
+    for (int i = 0; i < n; i++)
+        heads[i] = chains[i].head;
+    memset(io->lens, 0, (size_t)n * sizeof(*io->lens));
     io->n_chains = (uint32_t)n;
     io->n_segs = io->chains[n - 1].first_seg + io->chains[n - 1].n_segs;
     return n;
