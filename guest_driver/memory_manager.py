@@ -11,7 +11,7 @@ from math import isqrt
 
 import numpy as np
 
-from guest_driver._page_alloc import ffi, lib
+from guest_driver._page_alloc import lib
 from guest_driver.layout import KernelArea
 from guest_driver.zone import (
     HINT_ORDER,
@@ -24,6 +24,7 @@ from guest_driver.zone import (
     Snapshot,
     Zone,
     alloc_error,
+    pfn_pointer,
 )
 from vring.errors import UsageError
 from vring.memory import PAGE_SIZE, GuestMemory
@@ -227,11 +228,9 @@ class MemoryManager(Zone):
         """Allocate without reclaim; return how many blocks there are, and whether memory is short of more."""
         if not len(out):
             return 0, False
-        pointer = ffi.from_buffer("uint64_t[]", out)
-        got: int = lib.pa_alloc_bulk(
-            self._view, order, len(out), int(flags) & _ATOMIC, owner, tag, pointer, self._error
-        )
-        if got == len(out):
+        n, pointer = len(out), pfn_pointer(out, writable=True)
+        got: int = lib.pa_alloc_bulk(self._view, order, n, int(flags) & _ATOMIC, owner, tag, pointer, self._error)
+        if got == n:
             return got, False
         return max(got, 0), self._is_short(got if got < 0 else self._error[0], order, owner, tag)
 

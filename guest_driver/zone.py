@@ -267,7 +267,7 @@ class Zone:
         UsageError, AllocatorError
             As `free`, for the first one that cannot be freed; those before it are free, those behind it are not.
         """
-        done = lib.pa_free_bulk(self._view, order, len(pfns), _pointer(pfns), self._error)
+        done = lib.pa_free_bulk(self._view, order, len(pfns), pfn_pointer(pfns), self._error)
         if done < len(pfns):
             pfn = int(pfns[done])
             what = f"freeing page {pfn} at order {order} (number {done} of {len(pfns)})"
@@ -318,7 +318,7 @@ class Zone:
             _ANY if owner is None else owner,
             _ANY if tag is None else tag,
             limit,
-            _pointer(pfns),
+            pfn_pointer(pfns),
             ffi.from_buffer("uint8_t[]", orders),
         )
         self._check(n, "listing blocks")
@@ -334,7 +334,7 @@ class Zone:
         """Return the bitmap (bit = page number) of an owner's pages, of all allocated ones, or of the free ones."""
         words = np.zeros((self.memory.page_span + 63) // 64, dtype=np.uint64)
         who = lib.PA_OWNER_FREE if free else (owner or lib.PA_OWNER_NONE)
-        self._check(lib.pa_bitmap(self._view, who, _pointer(words), len(words)), "walking the zone")
+        self._check(lib.pa_bitmap(self._view, who, pfn_pointer(words), len(words)), "walking the zone")
         return words
 
     def allocated_bitmap(self) -> npt.NDArray[np.uint64]:
@@ -405,14 +405,14 @@ class Zone:
     def stamp(self, pfns: Pfns) -> None:
         """Stamp pages in the journal, for a writer that stores by other means: call it before and after."""
         if self._journal is not None:
-            self._check(lib.pa_journal_stamp(self._view, len(pfns), _pointer(pfns)), "stamping the journal")
+            self._check(lib.pa_journal_stamp(self._view, len(pfns), pfn_pointer(pfns)), "stamping the journal")
 
     def write(self, pfns: Pfns, order: int = 0, *, bump: int = 1) -> int:
         """Write every page of the given blocks: version + `bump` in mem_map, content made from it, journal.
 
         With `bump` 0 the same content is written again. Returns the number of pages written.
         """
-        written: int = lib.pa_write(self._view, order, len(pfns), _pointer(pfns), bump)
+        written: int = lib.pa_write(self._view, order, len(pfns), pfn_pointer(pfns), bump)
         return self._check(written, f"writing {len(pfns)} blocks of order {order}")
 
     def write_block(self, pfn: int, order: int = 0, *, bump: int = 1) -> int:
@@ -438,12 +438,12 @@ class Zone:
     def fill(self, pfns: Pfns, seed: int, versions: npt.NDArray[np.uint32] | None = None) -> None:
         """Write the content of (seed, pfn, version) into any pages of RAM; neither mem_map nor journal know of it."""
         self._check(
-            lib.pa_fill(self._view, len(pfns), _pointer(pfns), seed, _versions(pfns, versions)), "filling pages"
+            lib.pa_fill(self._view, len(pfns), pfn_pointer(pfns), seed, _versions(pfns, versions)), "filling pages"
         )
 
     def check(self, pfns: Pfns, seed: int, versions: npt.NDArray[np.uint32] | None = None) -> CheckResult:
         """Compare pages with the content of (seed, pfn, version)."""
-        code = lib.pa_check(self._view, len(pfns), _pointer(pfns), seed, _versions(pfns, versions), self._result)
+        code = lib.pa_check(self._view, len(pfns), pfn_pointer(pfns), seed, _versions(pfns, versions), self._result)
         self._check(code, "checking pages")
         return _check_result(self._result)
 
@@ -462,9 +462,10 @@ def _count_bits(words: npt.NDArray[np.uint64]) -> int:
     return int.from_bytes(words.tobytes(), "little").bit_count()
 
 
-def _pointer(array: Pfns) -> Any:
-    if array.dtype != np.uint64:
-        raise UsageError(f"an array of uint64 is needed, not {array.dtype}")
+def pfn_pointer(array: Pfns, *, writable: bool = False) -> Any:
+    """Return a C pointer to a contiguous uint64 array, which stays alive with it."""
+    if array.dtype != np.uint64 or not array.flags.c_contiguous or (writable and not array.flags.writeable):
+        raise UsageError(f"a contiguous array of uint64 is needed, not {array.dtype} with strides {array.strides}")
     return ffi.from_buffer("uint64_t[]", array)
 
 

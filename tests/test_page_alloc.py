@@ -133,6 +133,15 @@ def test_nonsense_allocations_are_usage_errors(manager, arguments):
         manager.alloc_pages(*arguments)
 
 
+def test_only_contiguous_uint64_arrays_are_taken(manager):
+    for out in (np.zeros(8, dtype=np.uint32), np.zeros(16, dtype=np.uint64)[::2]):
+        with pytest.raises(UsageError, match="contiguous array of uint64"):
+            manager.alloc_pages_bulk(0, 8, out=out)
+    with pytest.raises(UsageError, match="room for 3"):
+        manager.alloc_pages_bulk(0, 8, out=np.zeros(3, dtype=np.uint64))
+    assert manager.free_pages == manager.total_pages
+
+
 def test_injected_failures(manager):
     manager.register_shrinker(lambda pages: pytest.fail("an injected failure does not reclaim"))
     manager.inject_failures(next=2)
