@@ -59,7 +59,9 @@ def cli() -> None:
 def migrate(**options: Any) -> None:
     """Migrate a running guest live, with and without free page hints."""
     as_json, verbose = options.pop("as_json"), options.pop("verbose")
-    logging.basicConfig(level=[logging.WARNING, logging.INFO, logging.DEBUG][min(verbose, 2)], format="%(name)s: %(message)s")
+    logging.basicConfig(
+        level=[logging.WARNING, logging.INFO, logging.DEBUG][min(verbose, 2)], format="%(name)s: %(message)s"
+    )
     limits = Limits(float(options.pop("bandwidth")), options.pop("downtime_limit"), options.pop("max_rounds"))
     profile = profile_named(options.pop("profile"))
     result = migrate_all(MigrateOptions(limits=limits, profile=profile, **options), Progress())

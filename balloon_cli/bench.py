@@ -331,7 +331,7 @@ def bench() -> None:
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
 @click.option("--check", is_flag=True, help="Exit with 1 if a bar is missed.")
 def ring(buffers: int, repeats: int, as_json: bool, check: bool) -> None:
-    """Time the split ring against a plain one.
+    r"""Time the split ring against a plain one.
 
     \b
     Examples:

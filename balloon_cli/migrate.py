@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import json
-import os
 import signal
 import socket
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -42,7 +39,8 @@ class MigrateOptions:
     profile: Profile
     seed: int
     batch: int = 64
-    work_dir: str | None = None
+    warm_up: float = 1.0
+    """Seconds the guest runs with its workload before the migration."""
     verbose: bool = False
 
 
@@ -84,9 +82,20 @@ def stop_on_signal() -> Iterator[Callable[[], bool]]:
 def spawn_receiver(*arguments: str) -> Iterator[tuple[SocketOutput, subprocess.Popen[bytes]]]:
     """Run ``balloon receive`` as a process of its own at the other end of a socket pair."""
     mine, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
-    command = [sys.executable, "-m", "balloon_cli", "receive", f"fd:{theirs.fileno()}", "--quiet", "--die-with-parent", *arguments]
+    command = [
+        sys.executable,
+        "-m",
+        "balloon_cli",
+        "receive",
+        f"fd:{theirs.fileno()}",
+        "--quiet",
+        "--die-with-parent",
+        *arguments,
+    ]
     with theirs:
-        process = subprocess.Popen(command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+        process = subprocess.Popen(
+            command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL
+        )
     output = SocketOutput(mine)
     try:
         yield output, process
@@ -157,7 +166,9 @@ def destination(options: MigrateOptions, hints: bool) -> Iterator[SocketOutput |
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     process.wait(0.5)
                 if process.poll():
-                    how = f"signal {-process.returncode}" if process.returncode < 0 else f"exit code {process.returncode}"
+                    how = (
+                        f"signal {-process.returncode}" if process.returncode < 0 else f"exit code {process.returncode}"
+                    )
                     raise PeerVanished(f"{error} (the receiver ended with {how})") from error
                 raise
         return
@@ -176,12 +187,21 @@ def migrate_python(
         *("--profile", options.profile.name, "--batch", str(options.batch), "--free-at", options.free_at),
         *("--dirty-log", options.dirty_log),
     ]
-    arguments = ["--memory", str(options.memory), "--workload", options.workload, "--seed", str(options.seed), *resume_arguments]
+    arguments = [
+        "--memory",
+        str(options.memory),
+        "--workload",
+        options.workload,
+        "--seed",
+        str(options.seed),
+        *resume_arguments,
+    ]
     with SourceHost(profile=options.profile) as host:
         guest = PythonGuest(host.loop, host.backend, host.socket_path, arguments)
         try:
             progress.say("the guest boots and sets up its workload")
             guest.wait_ready()
+            guest.run_for(options.warm_up)
             log = guest.dirty_log(options.dirty_log, host.track_device_writes())
             try:
                 with destination(options, hints) as output:
@@ -217,7 +237,9 @@ def _whole_again(guest: PythonGuest, progress: Progress) -> str:
     except (VirtioError, OSError):
         return ""
     assert guest.checked is not None
-    text = f"the source's guest goes on: {guest.checked['pages']} allocated pages checked, {guest.checked['wrong']} wrong"
+    text = (
+        f"the source's guest goes on: {guest.checked['pages']} allocated pages checked, {guest.checked['wrong']} wrong"
+    )
     progress.say(text)
     return f" ({text}, no page held for hints)"
 
@@ -261,7 +283,13 @@ def run_as_json(outcome: Outcome, hints: bool) -> dict[str, Any]:
             for r in result.rounds
         ],
         "hint_runs": [
-            {"command_id": h.command_id, "blocks": h.blocks, "bytes": h.bytes, "pages_spared": h.pages_spared, "seconds": h.seconds}
+            {
+                "command_id": h.command_id,
+                "blocks": h.blocks,
+                "bytes": h.bytes,
+                "pages_spared": h.pages_spared,
+                "seconds": h.seconds,
+            }
             for h in result.hint_runs
         ],
         "nonzero_pages_at_start": outcome.nonzero_at_start,
@@ -271,6 +299,3 @@ def run_as_json(outcome: Outcome, hints: bool) -> dict[str, Any]:
         "oracle": None if outcome.verdict is None else outcome.verdict.as_dict(),
         "resumed": resumed,
     }
-
-
-

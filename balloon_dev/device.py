@@ -79,7 +79,9 @@ class BalloonDevice:
         self, features: int = DEFAULT_FEATURES, *, profile: Profile = SPEC, discard: Discard | None = None
     ) -> None:
         if features & ~SUPPORTED_FEATURES:
-            raise UsageError(f"features {features & ~SUPPORTED_FEATURES:#x} are not served (supported: {SUPPORTED_FEATURES:#x})")
+            raise UsageError(
+                f"features {features & ~SUPPORTED_FEATURES:#x} are not served (supported: {SUPPORTED_FEATURES:#x})"
+            )
         self.profile = profile
         self.offered_features = features
         self.discard = discard
@@ -252,7 +254,9 @@ class BalloonDevice:
                 f"this one is {self.profile.name!r} offering {self.offered_features:#x}"
             )
         if negotiated & ~self.offered_features or len(config) != 16:
-            raise UsageError("saved device state is malformed: features that were not offered, or a config of wrong size")
+            raise UsageError(
+                "saved device state is malformed: features that were not offered, or a config of wrong size"
+            )
         self.hinting.load(hinting)
         self.negotiated = negotiated
         for offset in (NUM_PAGES, ACTUAL, POISON_VAL):
@@ -410,4 +414,3 @@ class BalloonDevice:
             self.discard(addr, length)
             if self.dirty_log is not None:  # no guest-side tracker sees the device drop a page
                 self.dirty_log.mark_ranges(addr, length)
-

@@ -137,7 +137,9 @@ class BalloonDriver:
     # -- life -----------------------------------------------------------------------------------------------------
 
     @classmethod
-    def attach(cls, manager: MemoryManager, transport: Transport, bases: dict[int, int], **options: Any) -> BalloonDriver:
+    def attach(
+        cls, manager: MemoryManager, transport: Transport, bases: dict[int, int], **options: Any
+    ) -> BalloonDriver:
         """Go on with the driver whose state is in this RAM, on a device that has taken over the saved state.
 
         Parameters
@@ -287,7 +289,9 @@ class BalloonDriver:
 
     def statistics(self) -> dict[str, int]:
         """Return counters since the driver was probed."""
-        return {name: int(self._state[name]) for name in ("runs", "blocks", "reclaimed", "done_seen", "received", "active")}
+        return {
+            name: int(self._state[name]) for name in ("runs", "blocks", "reclaimed", "done_seen", "received", "active")
+        }
 
     # -- work -----------------------------------------------------------------------------------------------------
 

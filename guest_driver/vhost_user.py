@@ -47,7 +47,9 @@ class VhostUserTransport:
         If the back end lacks what hinting needs.
     """
 
-    def __init__(self, path: str, memory: GuestMemory, *, timeout: float = 10.0, queue_sizes: Sequence[int] = ()) -> None:
+    def __init__(
+        self, path: str, memory: GuestMemory, *, timeout: float = 10.0, queue_sizes: Sequence[int] = ()
+    ) -> None:
         self.memory = memory
         self._queue_sizes = list(queue_sizes)
         self._kicks: dict[int, int] = {}
@@ -125,7 +127,8 @@ class VhostUserTransport:
         self._features = features
         self._send(Request.SET_FEATURES, vu.pack_u64(features | vu.F_PROTOCOL_FEATURES))
         regions = [
-            vu.MemoryRegion(r.gpa, r.size, self.memory.host_address(r.gpa, r.size), r.offset) for r in self.memory.regions
+            vu.MemoryRegion(r.gpa, r.size, self.memory.host_address(r.gpa, r.size), r.offset)
+            for r in self.memory.regions
         ]
         self._send(Request.SET_MEM_TABLE, vu.MemoryRegion.pack_table(regions), [r.fd for r in self.memory.regions])
 
@@ -134,7 +137,9 @@ class VhostUserTransport:
         ask = vu.ConfigSpace(offset, length, 0, bytes(length)).pack()
         answer = vu.ConfigSpace.unpack(self._ask(Request.GET_CONFIG, ask), "GET_CONFIG")
         if (answer.offset, answer.size) != (offset, length):
-            raise DeviceError(f"vhost-user: GET_CONFIG of {length} bytes at {offset} brought {answer.size} at {answer.offset}")
+            raise DeviceError(
+                f"vhost-user: GET_CONFIG of {length} bytes at {offset} brought {answer.size} at {answer.offset}"
+            )
         return answer.data
 
     def write_config(self, offset: int, data: bytes) -> None:

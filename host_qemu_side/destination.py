@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -125,13 +126,16 @@ def receive(source: _Source, receiver: Receiver, *, on_record: Callable[[Receive
         If it is damaged or cut off; the source has been told.
     """
     reader = StreamReader()
+    source.answer(receiver.hello())
     try:
         while not receiver.complete:
             record = reader.next()
             if record is None:
                 data = source.read(min(max(reader.wanted, 1), READ_SIZE))
                 if not data:
-                    raise PeerVanished(f"the stream from {source.name} ends {reader.position}, while {receiver.state.value}")
+                    raise PeerVanished(
+                        f"the stream from {source.name} ends {reader.position}, while {receiver.state.value}"
+                    )
                 reader.feed(data)
                 continue
             answer = receiver.handle(record)
@@ -140,10 +144,8 @@ def receive(source: _Source, receiver: Receiver, *, on_record: Callable[[Receive
                 source.answer(answer)
             on_record(receiver)
     except VirtioError as error:
-        try:
+        with contextlib.suppress(PeerVanished):
             source.answer(receiver.refuse(str(error)))
-        except PeerVanished:
-            pass
         raise
 
 
@@ -207,12 +209,12 @@ def resume(
             "pages_wrong": first["wrong"],
             "allocated_pages": allocated,
         }
-        _let_run(loop, guest, run_for)
+        guest.run_for(run_for)
         status = guest.ask("status", "status")
         facts["hinted_pages_after_done"] = status["hinted_pages"]
         if device.hinting_negotiated:
             facts["hint_run"] = _hint_run(loop, backend, device)
-        _let_run(loop, guest, run_for)
+        guest.run_for(run_for)
         second = _checked(guest)
         status = guest.ask("status", "status")
         facts |= {
@@ -223,7 +225,7 @@ def resume(
         }
         if keep_running is not None:
             while keep_running():
-                _let_run(loop, guest, 0.2)
+                guest.run_for(0.2)
         return facts
     finally:
         if guest is not None:
@@ -231,13 +233,6 @@ def resume(
         backend.close()
         loop.close()
         shutil.rmtree(folder, ignore_errors=True)
-
-
-def _let_run(loop: Loop, guest: PythonGuest, seconds: float) -> None:
-    end = time.monotonic() + seconds
-    while (left := end - time.monotonic()) > 0:
-        loop.run_once(min(left, 0.1))
-        guest.check_alive()
 
 
 def _checked(guest: PythonGuest) -> dict[str, Any]:

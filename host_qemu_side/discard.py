@@ -51,7 +51,9 @@ class Discarder:
             while at < end:
                 region = self.memory.regions[self.memory.region_index(at)]
                 if region.fd < 0:
-                    raise UsageError("this guest memory has no descriptor to punch holes into: give the device a hook of yours")
+                    raise UsageError(
+                        "this guest memory has no descriptor to punch holes into: give the device a hook of yours"
+                    )
                 n = min(end, region.end) - at
                 punch_hole(region.fd, at - region.gpa + region.offset, n)
                 self.bytes_discarded += n

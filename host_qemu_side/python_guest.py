@@ -158,7 +158,9 @@ class PythonGuest:
         with contextlib.suppress(subprocess.TimeoutExpired):
             self.process.wait(1.0)
         code = self.process.poll()
-        self._gone = why if code is None else f"it ended with {'signal ' + str(-code) if code < 0 else 'exit code ' + str(code)}"
+        self._gone = (
+            why if code is None else f"it ended with {'signal ' + str(-code) if code < 0 else 'exit code ' + str(code)}"
+        )
 
     def check_alive(self) -> None:
         """Raise `PeerVanished` if the guest is gone."""
@@ -207,6 +209,13 @@ class PythonGuest:
         """Wait until the device is up and the workload has set itself up."""
         self.wait_for("hello", timeout)
         self.wait_for("ready", timeout)
+
+    def run_for(self, seconds: float) -> None:
+        """Serve the guest for a while."""
+        end = time.monotonic() + seconds
+        while (left := end - time.monotonic()) > 0:
+            self.loop.run_once(min(left, 0.1))
+            self.check_alive()
 
     # -- migration ------------------------------------------------------------------------------------------------
 

@@ -20,7 +20,7 @@ from host_qemu_side.discard import Discarder
 from host_qemu_side.loop import WRITE, Loop
 from host_qemu_side.migration.engine import GuestControl, Limits, Migration, MigrationResult
 from host_qemu_side.migration.output import FileOutput, SocketOutput
-from host_qemu_side.migration.stream import Kind, StreamError
+from host_qemu_side.migration.stream import Kind, StreamError, check_header
 from host_qemu_side.vhost_user import VhostUserBackend
 from host_qemu_side.witness import MigrationClock, Witness
 from vring.dirty import DirtyLog
@@ -30,6 +30,7 @@ from vring.memory import GuestMemory
 __all__ = ["BackendHints", "GuestHandle", "Outcome", "SourceHost"]
 
 U64 = npt.NDArray[np.uint64]
+HELLO_TIMEOUT = 15.0
 
 
 class GuestHandle(GuestControl, Protocol):
@@ -202,6 +203,8 @@ class SourceHost:
             As `Migration.step`.
         """
         assert self.memory is not None
+        if isinstance(output, SocketOutput):
+            self._wait_hello(output)
         clock = MigrationClock()
         witness = Witness(self.memory, self.device, journal, clock)
         outcome = Outcome(MigrationResult())
@@ -266,6 +269,21 @@ class SourceHost:
         outcome.nonzero_outside_hints = witness.nonzero_outside_hints()
         outcome.pages_rewritten = witness.pages_rewritten()
 
+    def _wait_hello(self, output: SocketOutput) -> None:
+        """A destination speaks first: a migration does not begin before somebody is there who understands it."""
+        heard: list[dict[str, Any]] = []
+
+        def arrived() -> bool:
+            record = output.answer()
+            if record is not None and record.kind is not Kind.HELLO:
+                raise StreamError(f"the destination began with {record.kind.name}, not with HELLO")
+            if record is not None:
+                check_header(record.json())
+                heard.append(record.json())
+            return bool(heard)
+
+        self.loop.run_until(arrived, HELLO_TIMEOUT, "the destination to say hello (is it `balloon receive`?)")
+
     def _wait_report(self, output: SocketOutput, timeout: float) -> dict[str, Any]:
         found: list[dict[str, Any]] = []
 
@@ -283,4 +301,3 @@ class SourceHost:
 
 def _nothing() -> None:
     """Being woken up is all that was wanted."""
-

@@ -27,7 +27,9 @@ from vring.vhost_user import ProtocolFeature, Request, VhostUserError
 __all__ = ["VhostUserBackend"]
 
 log = logging.getLogger(__name__)
-PROTOCOL_FEATURES = ProtocolFeature.REPLY_ACK | ProtocolFeature.BACKEND_REQ | ProtocolFeature.CONFIG | ProtocolFeature.MQ
+PROTOCOL_FEATURES = (
+    ProtocolFeature.REPLY_ACK | ProtocolFeature.BACKEND_REQ | ProtocolFeature.CONFIG | ProtocolFeature.MQ
+)
 
 
 @dataclass(slots=True)
@@ -179,12 +181,15 @@ class VhostUserBackend:
 
     def _readable(self) -> None:
         """Read exactly one header, then exactly its body: two messages may arrive glued, and a descriptor read with
-        the wrong one has no owner."""
+        the wrong one has no owner.
+        """
         try:
             while self._socket is not None:
                 wanted = (vu.HEADER_SIZE if self._header is None else self._header.size) - len(self._buffer)
                 if wanted > 0:
-                    data, ancillary, _, _ = self._socket.recvmsg(wanted, socket.CMSG_SPACE(vu.MAX_FDS * 4), socket.MSG_CMSG_CLOEXEC)
+                    data, ancillary, _, _ = self._socket.recvmsg(
+                        wanted, socket.CMSG_SPACE(vu.MAX_FDS * 4), socket.MSG_CMSG_CLOEXEC
+                    )
                     self._fds += _descriptors(ancillary)
                     if not data:
                         self._disconnect("it closed the socket")
@@ -250,7 +255,9 @@ class VhostUserBackend:
     def _set_features(self, payload: bytes, fds: list[int]) -> None:
         features = vu.unpack_u64(payload, "SET_FEATURES")
         if not self.device.set_features(features & ~vu.F_PROTOCOL_FEATURES):
-            raise VhostUserError(f"vhost-user: features {features:#x} were not all offered", clause="basic.features.driver-1")
+            raise VhostUserError(
+                f"vhost-user: features {features:#x} were not all offered", clause="basic.features.driver-1"
+            )
         self.features = features
 
     def _get_protocol_features(self, payload: bytes, fds: list[int]) -> bytes:
@@ -268,7 +275,9 @@ class VhostUserBackend:
     def _set_mem_table(self, payload: bytes, fds: list[int]) -> None:
         regions = vu.MemoryRegion.unpack_table(payload)
         if len(regions) != len(fds):
-            raise VhostUserError(f"vhost-user: SET_MEM_TABLE names {len(regions)} regions and brings {len(fds)} descriptors")
+            raise VhostUserError(
+                f"vhost-user: SET_MEM_TABLE names {len(regions)} regions and brings {len(fds)} descriptors"
+            )
         memory = GuestMemory.from_fds(
             Region(r.gpa, r.size, fd, r.mmap_offset) for r, fd in zip(regions, fds, strict=True)
         )
@@ -362,10 +371,19 @@ class VhostUserBackend:
         """Start a ring once everything about it is known and it is enabled (without bit 30: by its kick alone)."""
         ring = self._rings[index]
         enabled = ring.enabled or not self.features & vu.F_PROTOCOL_FEATURES
-        if ring.queue is not None or ring.addr is None or ring.kick < 0 or not ring.size or self.memory is None or not enabled:
+        if (
+            ring.queue is not None
+            or ring.addr is None
+            or ring.kick < 0
+            or not ring.size
+            or self.memory is None
+            or not enabled
+        ):
             return
         try:
-            layout = QueueLayout(ring.size, *(self._guest_address(a, index) for a in (ring.addr.desc, ring.addr.avail, ring.addr.used)))
+            layout = QueueLayout(
+                ring.size, *(self._guest_address(a, index) for a in (ring.addr.desc, ring.addr.avail, ring.addr.used))
+            )
             queue = DeviceQueue(
                 self.memory,
                 layout,

@@ -4,10 +4,10 @@ import threading
 
 import numpy as np
 import pytest
-from guest_driver._page_alloc import ffi, lib
 
 from balloon_dev import journal as journal_module
 from balloon_dev.journal import Journal, JournalError
+from guest_driver._page_alloc import ffi, lib
 from guest_driver.content import page_content
 from guest_driver.memory_manager import MemoryManager, Owner
 from vring.errors import UsageError

@@ -74,7 +74,9 @@ def set_ranges(bitmap: Bitmap, addr: npt.NDArray[np.uint64], length: npt.NDArray
     lib.dirty_set_ranges(words(bitmap), bitmap.size * 64, words(a), words(n), a.size)
 
 
-def runs(bitmap: Bitmap, first: int = 0, end: int | None = None) -> tuple[npt.NDArray[np.uint64], npt.NDArray[np.uint64]]:
+def runs(
+    bitmap: Bitmap, first: int = 0, end: int | None = None
+) -> tuple[npt.NDArray[np.uint64], npt.NDArray[np.uint64]]:
     """Return the runs of set pages in ``[first, end)`` as arrays of first pages and of lengths in pages."""
     stop = bitmap.size * 64 if end is None else end
     resume = ffi.new("uint64_t *")

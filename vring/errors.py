@@ -6,7 +6,15 @@
 
 from __future__ import annotations
 
-__all__ = ["DeviceError", "DriverError", "GuestAddressError", "MissingFacility", "PeerVanished", "UsageError", "VirtioError"]
+__all__ = [
+    "DeviceError",
+    "DriverError",
+    "GuestAddressError",
+    "MissingFacility",
+    "PeerVanished",
+    "UsageError",
+    "VirtioError",
+]
 
 
 class VirtioError(Exception):

@@ -72,7 +72,9 @@ class GuestMemory:
         last_end = 0
         for region in self.regions:
             if region.size <= 0 or region.size % PAGE_SIZE or region.gpa % PAGE_SIZE or region.gpa < 0:
-                raise UsageError(f"region at {region.gpa:#x} of {region.size} bytes is not made of whole 4096-byte pages")
+                raise UsageError(
+                    f"region at {region.gpa:#x} of {region.size} bytes is not made of whole 4096-byte pages"
+                )
             if region.gpa < last_end:
                 raise UsageError(f"region at {region.gpa:#x} overlaps the one before it, which ends at {last_end:#x}")
             last_end = region.end
@@ -98,7 +100,11 @@ class GuestMemory:
 
     @classmethod
     def create(
-        cls, layout: int | Iterable[tuple[int, int]], *, name: str = "guest-ram", path: str | os.PathLike[str] | None = None
+        cls,
+        layout: int | Iterable[tuple[int, int]],
+        *,
+        name: str = "guest-ram",
+        path: str | os.PathLike[str] | None = None,
     ) -> GuestMemory:
         """Make fresh, sparse, shared memory: a memfd, or an unlinked file.
 
@@ -154,7 +160,9 @@ class GuestMemory:
                     owned[region.fd] = os.dup(region.fd)
                 fd = owned[region.fd]
                 if region.size <= 0 or region.offset < 0 or region.offset % PAGE_SIZE:
-                    raise UsageError(f"region at {region.gpa:#x}: size {region.size}, offset {region.offset} cannot be mapped")
+                    raise UsageError(
+                        f"region at {region.gpa:#x}: size {region.size}, offset {region.offset} cannot be mapped"
+                    )
                 have = os.fstat(fd).st_size
                 if region.offset + region.size > have:
                     raise UsageError(

@@ -122,9 +122,13 @@ class Header:
         """
         header = cls(*HEADER.unpack(data))
         if header.flags & FLAG_VERSION_MASK != VERSION:
-            raise VhostUserError(f"vhost-user: message {header.request} has version {header.flags & 3}, only 1 is known")
+            raise VhostUserError(
+                f"vhost-user: message {header.request} has version {header.flags & 3}, only 1 is known"
+            )
         if header.size > MAX_PAYLOAD:
-            raise VhostUserError(f"vhost-user: message {header.request} claims {header.size} bytes, at most {MAX_PAYLOAD}")
+            raise VhostUserError(
+                f"vhost-user: message {header.request} claims {header.size} bytes, at most {MAX_PAYLOAD}"
+            )
         return header
 
     @property

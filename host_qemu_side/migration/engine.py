@@ -239,7 +239,7 @@ class Migration:
         guest: GuestControl,
         *,
         hints: HintPort | None = None,
-        limits: Limits = Limits(),  # noqa: B008 - frozen
+        limits: Limits = Limits(),
         header: dict[str, Any] | None = None,
         state: Callable[[], dict[str, Any]] = dict,
         observer: Observer | None = None,
@@ -348,9 +348,9 @@ class Migration:
             if (yield from self._between_rounds(number + 1)):
                 break
         yield from self._last_round()
-        yield from self._hand_over()
-        self.result.downtime_seconds = self._now - self._frozen_at
-        self.result.total_seconds = self._now - started
+        for_oracle = yield from self._hand_over()
+        self.result.downtime_seconds = self._now - self._frozen_at - for_oracle
+        self.result.total_seconds = self._now - started - for_oracle
         if not self.hand_over:
             self._thaw()
         self.log.stop()
@@ -458,7 +458,9 @@ class Migration:
         yield from self._pass(limited=False)
         self._round.seconds = self._round.frozen_seconds = self._now - since
 
-    def _hand_over(self) -> Generator[float, None, None]:
+    def _hand_over(self) -> Generator[float, None, float]:
+        """Return the seconds the destination took for digests, which only an oracle wants."""
+        extra = 0.0
         self.phase = Phase.HANDOVER
         self._queue(self._writer.json(Kind.STATE, self._state()))
         pages = self.result.pages()
@@ -471,12 +473,13 @@ class Migration:
                 if record is None:
                     if self._now > deadline:
                         raise StreamError(f"the destination did not confirm within {ANSWER_TIMEOUT:g} s")
-                    yield self._now + 0.05
+                    yield self._now + 0.002
                     continue
                 if record.kind is Kind.REFUSED:
                     raise StreamError(f"the destination refused: {record.json().get('why')}")
                 self.answers.append(record)
                 if record.kind is Kind.READY:
+                    extra = float(record.json().get("digest_seconds", 0.0))
                     break
         if self.hand_over:
             # From the moment these bytes may have left, the guest is no longer ours.
@@ -484,6 +487,7 @@ class Migration:
             self._queue(self._writer.commit())
             yield from self._drain()
         self.output.finish()
+        return extra
 
     # -- parts ----------------------------------------------------------------------------------------------------
 

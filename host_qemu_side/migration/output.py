@@ -61,7 +61,9 @@ def connect(text: str, timeout: float = 5.0) -> SocketOutput | FileOutput:
             host, _, port = rest.rpartition(":")
             sock = socket.create_connection((host.strip("[]"), int(port)), timeout=timeout)
     except OSError as error:
-        raise PeerVanished(f"no destination at {text}: {error.strerror or error}; start `balloon receive {text}` there first") from error
+        raise PeerVanished(
+            f"no destination at {text}: {error.strerror or error}; start `balloon receive {text}` there first"
+        ) from error
     return SocketOutput(sock)
 
 

@@ -78,7 +78,9 @@ class RamState:
         self._region = 0
         self._cursor = self.memory.regions[0].gpa >> PAGE_SHIFT
 
-    def take(self, max_pages: int = MAX_PAGES) -> tuple[npt.NDArray[np.uint64], memoryview, npt.NDArray[np.uint64]] | None:
+    def take(
+        self, max_pages: int = MAX_PAGES
+    ) -> tuple[npt.NDArray[np.uint64], memoryview, npt.NDArray[np.uint64]] | None:
         """Take the next pages of this pass out of the bitmap.
 
         Returns

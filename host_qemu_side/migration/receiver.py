@@ -5,6 +5,8 @@ RAM is made fresh and sparse; nothing is shared with the source but the stream.
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
 from enum import Enum
 from typing import Any
 
@@ -13,7 +15,7 @@ import numpy.typing as npt
 
 from host_qemu_side.discard import punch_hole
 from host_qemu_side.migration.ram import populated
-from host_qemu_side.migration.stream import Kind, Record, StreamError, StreamWriter, check_header
+from host_qemu_side.migration.stream import VERSION, Kind, Record, StreamError, StreamWriter, check_header
 from vring import bitmap
 from vring.errors import UsageError
 from vring.memory import PAGE_SHIFT, PAGE_SIZE, GuestMemory
@@ -54,9 +56,13 @@ class Receiver:
         Of the memory object, shown in ``/proc/PID/maps``.
     digests
         Whether to send the digest of every page before READY, for an oracle at the source.
+    clock
+        Tells how long the digests took, seconds: the source does not count that as downtime.
     """
 
-    def __init__(self, name: str = "migrated-ram", *, digests: bool = True) -> None:
+    def __init__(
+        self, name: str = "migrated-ram", *, digests: bool = True, clock: Callable[[], float] = time.monotonic
+    ) -> None:
         self.state = ReceiverState.HEADER
         self.header: dict[str, Any] = {}
         self.device_state: dict[str, Any] = {}
@@ -70,6 +76,11 @@ class Receiver:
         self.writer = StreamWriter()
         self._name = name
         self._digests = digests
+        self._clock = clock
+
+    def hello(self) -> list[bytes | memoryview]:
+        """Return the record that tells a source that somebody is there."""
+        return self.writer.json(Kind.HELLO, {"version": VERSION})
 
     def handle(self, record: Record) -> list[bytes | memoryview]:
         """Let one record take effect; return buffers to answer with.
@@ -114,7 +125,9 @@ class Receiver:
         except (KeyError, TypeError, ValueError, OverflowError, UsageError) as error:
             raise StreamError(f"the header's memory layout makes no sense: {error}") from error
         except OSError as error:
-            raise StreamError(f"cannot make {sum(s for _, s in regions)} bytes of guest memory: {error.strerror}") from error
+            raise StreamError(
+                f"cannot make {sum(s for _, s in regions)} bytes of guest memory: {error.strerror}"
+            ) from error
         self.header, self.state = header, ReceiverState.RAM
 
     def _ram(self, record: Record) -> None:
@@ -146,11 +159,13 @@ class Receiver:
         if sums.get("pages") != self.pages:
             raise StreamError(f"the source sent {sums.get('pages')} pages, {self.pages} arrived")
         answer: list[bytes | memoryview] = []
+        began = self._clock()
         if self._digests:
             digests = digests_of(self.memory)
             for at in range(0, len(digests), DIGESTS_PER_RECORD):
                 answer += self.writer.digests(digests[at : at + DIGESTS_PER_RECORD])
-        answer += self.writer.json(Kind.READY, {"pages": self.pages, "zero_pages": self.zero_pages, **self.extra})
+        facts = {"pages": self.pages, "zero_pages": self.zero_pages, "digest_seconds": self._clock() - began}
+        answer += self.writer.json(Kind.READY, {**facts, **self.extra})
         self.state = ReceiverState.READY if self.header.get("hand_over") else ReceiverState.IMAGE
         return answer
 

@@ -58,6 +58,8 @@ class Kind(IntEnum):
     """The guest is the receiver's from here on."""
     CANCEL = 8
     """JSON: the source gave up; the guest stays there."""
+    HELLO = 15
+    """JSON, from the receiver, before anything else: its version."""
     READY = 16
     """JSON, from the receiver: everything arrived."""
     DIGESTS = 17
@@ -105,7 +107,9 @@ class Record:
         body = _PAGES.size + n_runs * _RUN.itemsize
         expected = body + (n_pages * PAGE if self.kind is Kind.PAGES else 0)
         if len(self.payload) != expected:
-            raise StreamError(f"{self.kind.name} record: {n_runs} runs, {n_pages} pages do not fit {len(self.payload)} bytes")
+            raise StreamError(
+                f"{self.kind.name} record: {n_runs} runs, {n_pages} pages do not fit {len(self.payload)} bytes"
+            )
         runs = np.frombuffer(self.payload, dtype=_RUN, count=n_runs, offset=_PAGES.size)
         if int(runs["count"].sum(dtype=np.uint64)) != n_pages:
             raise StreamError(f"{self.kind.name} record: its runs do not add up to {n_pages} pages")
@@ -209,10 +213,13 @@ class StreamReader:
             kind, flags, sequence, length, checksum = _HEADER.unpack_from(self._buffer, magic)
             if flags or length > MAX_PAYLOAD or kind not in Kind.__members__.values():
                 raise StreamError(
-                    f"stream damaged at record {self._sequence}: type {kind}, flags {flags}, {length} bytes", index=self._sequence
+                    f"stream damaged at record {self._sequence}: type {kind}, flags {flags}, {length} bytes",
+                    index=self._sequence,
                 )
             if sequence != self._sequence:
-                raise StreamError(f"stream damaged: record {sequence} follows record {self._sequence - 1}", index=sequence)
+                raise StreamError(
+                    f"stream damaged: record {sequence} follows record {self._sequence - 1}", index=sequence
+                )
             del self._buffer[: magic + HEADER_SIZE]
             self._header = kind, sequence, length, checksum
         kind, sequence, length, checksum = self._header
@@ -224,7 +231,9 @@ class StreamReader:
             payload = self._buffer[:length]
             del self._buffer[:length]
         if _checksum(kind, sequence, [memoryview(payload)]) != checksum:
-            raise StreamError(f"stream damaged: checksum of record {sequence} ({Kind(kind).name}) is wrong", index=sequence)
+            raise StreamError(
+                f"stream damaged: checksum of record {sequence} ({Kind(kind).name}) is wrong", index=sequence
+            )
         self._header = None
         self._sequence += 1
         return Record(Kind(kind), memoryview(payload))

@@ -41,7 +41,9 @@ class SoftwareDirtyLog:
         self.pages = pages
         size = self.bytes_for(pages)
         if fd is not None and os.fstat(fd).st_size < size:
-            raise UsageError(f"a dirty log of {pages} pages needs {size} bytes of shared memory, not {os.fstat(fd).st_size}")
+            raise UsageError(
+                f"a dirty log of {pages} pages needs {size} bytes of shared memory, not {os.fstat(fd).st_size}"
+            )
         self._map = mmap.mmap(-1 if fd is None else fd, size)
         self._log: Bitmap = np.frombuffer(self._map, dtype=np.uint64, count=(pages + 63) // 64)
         self._words = bitmap.words(self._log)

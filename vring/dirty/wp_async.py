@@ -57,7 +57,9 @@ class WriteProtection:
             error = lib.dirty_uffd_register(self._fd, address, region.size)
             if error:
                 self.close()
-                raise MissingFacility(f"dirty log wp-async: cannot register guest memory: {os.strerror(-error)}; {_NEEDS}")
+                raise MissingFacility(
+                    f"dirty log wp-async: cannot register guest memory: {os.strerror(-error)}; {_NEEDS}"
+                )
             self.ranges.append(TrackedRange(region.gpa, region.size, address))
 
     def close(self) -> None:
@@ -88,11 +90,15 @@ class WpAsyncDirtyLog:
         self._ranges = list(ranges)
         for r in self._ranges:
             if r.gpa < 0 or (r.gpa + r.size) >> PAGE_SHIFT > pages:
-                raise MissingFacility(f"dirty log wp-async: process {pid} tracks {r.gpa:#x}+{r.size:#x}, outside guest memory")
+                raise MissingFacility(
+                    f"dirty log wp-async: process {pid} tracks {r.gpa:#x}+{r.size:#x}, outside guest memory"
+                )
         try:
             self._pagemap = os.open(f"/proc/{pid}/pagemap", os.O_RDONLY | os.O_CLOEXEC)
         except OSError as error:
-            raise MissingFacility(f"dirty log wp-async: cannot open the pagemap of process {pid}: {error.strerror}") from error
+            raise MissingFacility(
+                f"dirty log wp-async: cannot open the pagemap of process {pid}: {error.strerror}"
+            ) from error
 
     def start(self) -> None:
         """Forget what was written so far (the first scan also reports pages that were never populated)."""
@@ -104,7 +110,9 @@ class WpAsyncDirtyLog:
         for r in self._ranges:
             n = lib.dirty_pagemap_scan(self._pagemap, r.address, r.size, r.gpa >> PAGE_SHIFT, bitmap.words(into))
             if n < 0:
-                raise MissingFacility(f"dirty log wp-async: PAGEMAP_SCAN: {os.strerror(-n)} (is the process gone?); {_NEEDS}")
+                raise MissingFacility(
+                    f"dirty log wp-async: PAGEMAP_SCAN: {os.strerror(-n)} (is the process gone?); {_NEEDS}"
+                )
             written += n
         return written
 
@@ -140,4 +148,3 @@ def probe() -> None:
         finally:
             log.stop()
             protection.close()
-
