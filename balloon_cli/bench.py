@@ -282,7 +282,7 @@ def bench_ring(
         {"name": "python_128 / c_128", "limit": PYTHON_BAR, "value": medians["python_128 / c_128"]},
     ]
     for bar in bars:
-        bar["holds"] = bool(bar["value"] <= bar["limit"])
+        bar["holds"] = float(str(bar["value"])) <= float(str(bar["limit"]))
     return {
         "schema_version": SCHEMA_VERSION,
         "buffers": buffers,

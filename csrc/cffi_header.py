@@ -10,7 +10,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent
 CFLAGS = ["-std=c11", "-O2", "-Wall", "-Wextra", "-Werror", "-D_GNU_SOURCE", "-Wno-unused-parameter"]
-# cffi's generated wrapper has parameters it does not use; our own sources are held to -Wunused-parameter by `./run lint`.
+# cffi's generated wrapper has parameters that it does not use.
 
 
 def cdef(*names: str) -> str:

@@ -4,8 +4,8 @@ Behaves as the Linux driver does since commit 86a559787e6: on a new command id i
 MAX_ORDER-1 blocks, taken out of the allocator, one block per buffer, then a stop; it keeps the blocks until the host
 says DONE, because freeing them dirties memory. A shrinker gives blocks back under pressure without telling the host.
 
-All of its state lies in guest RAM (queues, their private state, ids, requests; which blocks are held is in ``mem_map``),
-so a migrated guest goes on with `BalloonDriver.attach`.
+All of its state lies in guest RAM (queues, their private state, ids, requests; which blocks are held is in
+``mem_map``), so a migrated guest goes on with `BalloonDriver.attach`.
 """
 
 from __future__ import annotations
@@ -330,14 +330,13 @@ class BalloonDriver:
             if received != active:
                 return self._close_run(queue)
             return self._send_blocks(queue)
-        if received > CMD_ID_DONE and received != active:
-            # The id sent is the id decided on: it is not read again in between, or a STOP that came meanwhile would
-            # open a run under id 0.
-            if self._send_command(queue, received):
-                self._state["active"] = received
-                self._state["sending"] = 1
-                self._state["runs"] += 1
-                return True
+        # The id sent is the id decided on: it is not read again in between, or a STOP that came meanwhile would open a
+        # run under id 0.
+        if received > CMD_ID_DONE and received != active and self._send_command(queue, received):
+            self._state["active"] = received
+            self._state["sending"] = 1
+            self._state["runs"] += 1
+            return True
         return False
 
     def _send_blocks(self, queue: DriverQueue) -> bool:

@@ -254,7 +254,7 @@ class GuestProcess:
                 pass
             if self._quit:
                 break
-            if self._paused:
+            if self._paused and self._control is not None:
                 select.select([self._control], [], [], 1.0)
                 continue
             busy = self._serve_driver()

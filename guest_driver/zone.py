@@ -75,12 +75,12 @@ class Alloc(IntFlag):
 class AllocatorError(VirtioError):
     """The allocator's state in guest RAM is damaged.
 
-    `code` is the value of ``enum pa_error``, `pfn` the page where it showed, or None.
+    `pa_code` is the value of ``enum pa_error``, `pfn` the page where it showed, or None.
     """
 
     def __init__(self, message: str, *, code: int, pfn: int | None = None) -> None:
         super().__init__(message)
-        self.code = code
+        self.pa_code = code
         self.pfn = pfn
 
 

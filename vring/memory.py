@@ -5,6 +5,7 @@ Owns memfd and file mappings; also wraps memory an emulator already has. Knows n
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import os
 from collections.abc import Iterable, Sequence
@@ -292,10 +293,8 @@ class GuestMemory:
         self._views.clear()
         for buffer in self._buffers:
             if isinstance(buffer, mmap.mmap):
-                try:
+                with contextlib.suppress(BufferError):  # an array handed out is still alive: it keeps the mapping
                     buffer.close()
-                except BufferError:  # an array handed out is still alive: it keeps the mapping until it goes
-                    pass
         self._buffers.clear()
         self.c_table.count = 0
         for fd in self._owned_fds:

@@ -68,6 +68,7 @@ class RamState:
         self._region = 0
         self._cursor = memory.regions[0].gpa >> PAGE_SHIFT
         self._data: npt.NDArray[np.uint8] = np.empty(MAX_PAGES * PAGE_SIZE, np.uint8)
+        self._contents = memoryview(self._data.data)
         self._pages: npt.NDArray[np.uint64] = np.empty(MAX_PAGES, np.uint64)
         self._zeros: npt.NDArray[np.uint64] = np.empty(MAX_ZEROS, np.uint64)
         self._out = ffi.new("struct dirty_take *")
@@ -114,11 +115,11 @@ class RamState:
                 if self._region < len(self.memory.regions):
                     self._cursor = self.memory.regions[self._region].gpa >> PAGE_SHIFT
             if n or z:
-                return self._pages[:n], memoryview(self._data)[: n * PAGE_SIZE], self._zeros[:z]
+                return self._pages[:n], self._contents[: n * PAGE_SIZE], self._zeros[:z]
         return None
 
     def hint(self, addr: npt.NDArray[np.uint64], length: npt.NDArray[np.uint64]) -> int:
-        """Take hinted blocks out of the migration bitmap (never out of the dirty log); return how many pages that spared.
+        """Take hinted blocks out of the migration bitmap, never out of the dirty log; return the pages that spared.
 
         A page only partly covered stays, and so does one outside RAM.
         """
