@@ -1,7 +1,7 @@
 /* Which pages of a file are dirty in the page cache: cachestat(2), Linux 6.5, and the calls that go with it.
  *
- * cachestat only counts, so ranges are halved until the count says all or none. What this is worth (which file systems,
- * who else may clean pages) is the caller's business.
+ * cachestat only counts, so ranges are halved until the count says all or none. What this is worth (which
+ * file systems, who else may clean pages) is the caller's business.
  */
 #include <errno.h>
 #include <fcntl.h>
@@ -21,7 +21,8 @@ struct cache_counts {
     uint64_t cached, dirty, writeback, evicted, recently_evicted;
 };
 
-/* Pages tried at once before halving: one radix tree node's worth of leaves, so a scan walks each part once or twice. */
+/* Pages tried at once before halving: the kernel walks all of a range to count, so halving from the whole file
+ * would walk each part again and again. */
 #define WINDOW 512
 
 static int count_pages(int fd, uint64_t at, uint64_t length, struct cache_counts *counts)
@@ -50,7 +51,7 @@ int64_t dirty_cachestat_scan(int fd, uint64_t offset, uint64_t len, uint64_t fir
             int error = count_pages(fd, offset + first * DIRTY_PAGE_SIZE, n * DIRTY_PAGE_SIZE, &counts);
             if (error)
                 return error;
-            /* A page on its way to disk was dirty a moment ago: somebody else's writeback must not hide it. */
+            /* On its way to disk means dirty a moment ago: somebody else's writeback must not hide it. */
             if (!counts.dirty && !counts.writeback)
                 continue;
             if (n == 1 || counts.dirty >= n || counts.writeback >= n) {
@@ -82,8 +83,8 @@ int64_t dirty_cachestat_lost(int fd, const uint64_t *offsets, uint64_t n)
 
 int dirty_file_clean(int fd, uint64_t offset, uint64_t len)
 {
-    /* All three flags make it wait like fdatasync does, without the journal and the disk's cache: the point is that
-     * the pages become clean and write-protected, not that they last. */
+    /* All three flags make it wait like fdatasync does, without the journal and the disk's cache: the point
+     * is that the pages become clean and write-protected, not that they last. */
     unsigned flags = SYNC_FILE_RANGE_WAIT_BEFORE | SYNC_FILE_RANGE_WRITE | SYNC_FILE_RANGE_WAIT_AFTER;
     if (!sync_file_range(fd, (off_t)offset, (off_t)len, flags))
         return 0;

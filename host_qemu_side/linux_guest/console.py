@@ -135,8 +135,10 @@ class Console:
             self._from = 0
 
     def last_words(self) -> str:
-        """Return the end of the transcript on one line."""
-        return " | ".join(self.transcript.strip().splitlines()[-6:]) or "(none)"
+        """Return the end of the transcript on one line, and before it the kernel's panic message if there is one."""
+        lines = [line for line in self.transcript.replace("\x1e", "").splitlines() if line.strip()]
+        panic = [line for line in lines[:-6] if "Kernel panic" in line]
+        return " | ".join(panic[:1] + lines[-6:]) or "(none)"
 
     def close(self) -> None:
         """Close both pipes."""

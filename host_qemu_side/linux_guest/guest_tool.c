@@ -1,5 +1,6 @@
-/* What runs inside the Linux guest: fills and empties memory (churn), dirties it (writer), and keeps pages whose
- * content can be judged from a memory image alone (tagger; the reader is tags.py, which repeats the layout below).
+/* What runs inside the Linux guest: fills and empties memory (churn), dirties it (writer), and keeps pages
+ * whose content can be judged from a memory image alone (tagger; the reader is tags.py, which repeats the
+ * layout below).
  *
  * Linked statically against libc, started by the guest's /init. Knows nothing of balloons or migration.
  */
@@ -16,7 +17,7 @@
 #include <time.h>
 #include <unistd.h>
 
-#define PAGE 4096u
+#define PAGE  4096u
 #define WORDS (PAGE / 8)
 
 /* ---- numbers ---- */
@@ -43,10 +44,20 @@ static uint64_t size_arg(const char *text)
     char *end;
     double value = strtod(text, &end);
     switch (*end) {
-    case 'K': case 'k': value *= 1024; break;
-    case 'M': case 'm': value *= 1048576; break;
-    case 'G': case 'g': value *= 1073741824; break;
-    default: break;
+    case 'K':
+    case 'k':
+        value *= 1024;
+        break;
+    case 'M':
+    case 'm':
+        value *= 1048576;
+        break;
+    case 'G':
+    case 'g':
+        value *= 1073741824;
+        break;
+    default:
+        break;
     }
     return (uint64_t)value;
 }
@@ -121,7 +132,8 @@ static int churn(int argc, char **argv)
     char path[256];
     double began = now();
     int full = 0;
-    /* Extents are folders e0, e1, ... of files written one after another, so their pages are mostly neighbours. */
+    /* Extents are folders e0, e1, ... of files written one after another, so their pages are mostly
+     * neighbours. */
     while (!full) {
         if (inside >= extent) {
             snprintf(path, sizeof path, "%s/e%llu", dir, (unsigned long long)extents);
@@ -130,7 +142,8 @@ static int churn(int argc, char **argv)
             extents++;
             inside = 0;
         }
-        snprintf(path, sizeof path, "%s/e%llu/f%llu", dir, (unsigned long long)(extents - 1), (unsigned long long)files);
+        snprintf(path, sizeof path, "%s/e%llu/f%llu", dir, (unsigned long long)(extents - 1),
+                 (unsigned long long)files);
         int fd = open(path, O_WRONLY | O_CREAT | O_TRUNC, 0600);
         if (fd < 0)
             break;
@@ -178,11 +191,12 @@ static int churn(int argc, char **argv)
         if (!stay[e])
             rmdir(path);
     }
-    printf("total=%llu filled=%llu files=%llu extents=%llu kept_extents=%llu free_when_full=%llu free_now=%llu "
-           "fill_s=%.3f delete_s=%.3f\n",
-           (unsigned long long)total, (unsigned long long)filled, (unsigned long long)files,
-           (unsigned long long)extents, (unsigned long long)kept, (unsigned long long)free_full,
-           (unsigned long long)meminfo(info, "MemFree:"), fill_time, now() - began);
+    printf(
+        "total=%llu filled=%llu files=%llu extents=%llu kept_extents=%llu free_when_full=%llu free_now=%llu "
+        "fill_s=%.3f delete_s=%.3f\n",
+        (unsigned long long)total, (unsigned long long)filled, (unsigned long long)files,
+        (unsigned long long)extents, (unsigned long long)kept, (unsigned long long)free_full,
+        (unsigned long long)meminfo(info, "MemFree:"), fill_time, now() - began);
     free(stay);
     close(info);
     return 0;
@@ -192,8 +206,8 @@ static int churn(int argc, char **argv)
 
 static int ready_pipe = -1;
 
-/* Fork before any memory is set up, so that no page of the workload has a second owner. The parent returns to the
- * shell only when the child called ready(). Returns in the child alone. */
+/* Fork before any memory is set up, so that no page of the workload has a second owner. The parent returns to
+ * the shell only when the child called ready(). Returns in the child alone. */
 static void background(void)
 {
     int ends[2];
@@ -288,7 +302,8 @@ static int writer(int argc, char **argv)
 
 /* Words of a tagged page: 0 magic, 1 nonce, 2 id, 3 version (stored first), 4..509 pattern, 510 check,
  * 511 version (stored last). Words of the ledger: 0 magic, 1 nonce, 2 number of pages, 3 updates begun,
- * 4 updates finished, 5 check. Update u (from 0) gives page u % pages the version 2 + u / pages; all begin with 1. */
+ * 4 updates finished, 5 check. Update u (from 0) gives page u % pages the version 2 + u / pages; all begin
+ * with 1. */
 #define TAG_MAGIC    0x7461676765642d70u
 #define LEDGER_MAGIC 0x6c65646765722d70u
 
@@ -297,7 +312,8 @@ static uint64_t tag_key(uint64_t nonce, uint64_t id, uint64_t version)
     return mix(nonce ^ mix(id ^ mix(version)));
 }
 
-/* One CPU stops at an instruction boundary and x86 keeps stores in order, so the compiler is all there is to order. */
+/* One CPU stops at an instruction boundary and x86 keeps stores in order, so the compiler is all there is to
+ * order. */
 #define ORDER() __asm__ volatile("" ::: "memory")
 
 static void tag(volatile uint64_t *page, uint64_t nonce, uint64_t id, uint64_t version)
@@ -355,9 +371,11 @@ int main(int argc, char **argv)
         return writer(argc, argv);
     if (argc > 1 && !strcmp(argv[1], "tagger"))
         return tagger(argc, argv);
-    fprintf(stderr, "usage: guest_tool churn [--keep PERCENT] [--extent SIZE] [--file SIZE] [--seed N] [--limit SIZE]\n"
-                    "                        [--reserve SIZE] [--dir DIR]\n"
-                    "       guest_tool writer [--pages N] [--rate PER_SECOND] [--seed N] [--same]\n"
-                    "       guest_tool tagger [--pages N] [--rate PER_SECOND] [--nonce N]\n");
+    fprintf(
+        stderr,
+        "usage: guest_tool churn [--keep PERCENT] [--extent SIZE] [--file SIZE] [--seed N] [--limit SIZE]\n"
+        "                        [--reserve SIZE] [--dir DIR]\n"
+        "       guest_tool writer [--pages N] [--rate PER_SECOND] [--seed N] [--same]\n"
+        "       guest_tool tagger [--pages N] [--rate PER_SECOND] [--nonce N]\n");
     return 2;
 }

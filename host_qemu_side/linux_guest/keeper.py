@@ -1,4 +1,4 @@
-"""Process between the host and one Linux guest: starts the guest's kernel and sees to it that nothing outlives the host.
+"""Process between the host and one Linux guest: starts the guest's kernel, and sees that nothing outlives the host.
 
 Run as a program by `host_qemu_side.linux_guest.launch`, never imported by it; uses the standard library alone.
 

@@ -131,10 +131,8 @@ class LinuxGuest:
             control_dir = Path(tempfile.mkdtemp(prefix="uml-"))
             self._folders.append(control_dir)
         self._umid = control_dir / "guest"
-        argv = [
-            str(self._kernel), f"mem={self.memory_bytes >> 10}K", f"initrd={self._initrd}", "con=null", "con0=fd:0,fd:1",
-            f"umid={self._umid.name}", f"uml_dir={control_dir}",
-        ]  # fmt: skip
+        argv = [str(self._kernel), f"mem={self.memory_bytes >> 10}K", f"initrd={self._initrd}"]
+        argv += ["con=null", "con0=fd:0,fd:1", f"umid={self._umid.name}", f"uml_dir={control_dir}"]
         if self._vhost is not None:
             argv.append(f"virtio_uml.device={self._vhost}:{_BALLOON_ID}")
         argv += self._kernel_args
@@ -279,6 +277,7 @@ class LinuxGuest:
         """
         if self.frozen:
             raise UsageError(f"the guest is frozen and cannot run {command!r}: thaw it first")
+        self._check(f"command {command!r}")
         console = self._running()
         tag = console.send(command)
         result = self._wait(lambda: console.result(tag), timeout, serve, f"command {command!r}")
@@ -349,7 +348,7 @@ class LinuxGuest:
         self.frozen = False
 
     def alive(self, serve: Serve | None = None, timeout: float = 5.0) -> bool:
-        """Whether the guest's kernel answers (also when frozen); False if it is gone or silent for `timeout` seconds."""
+        """Whether the guest's kernel answers, also when frozen; False if it is gone or silent for `timeout` seconds."""
         try:
             return self._ask("version", timeout, serve)[0]
         except PeerVanished:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -26,8 +27,8 @@ _BATCH = 4096  # pages whose pattern is worked out at a time
 
 _U64 = npt.NDArray[np.uint64]
 _I64 = npt.NDArray[np.int64]
-Image = npt.NDArray[np.uint8] | str | os.PathLike[str] | int
-"""A memory image: array of bytes, path of a file, or open descriptor."""
+Image = npt.NDArray[Any] | str | os.PathLike[str] | int
+"""A memory image: array (of bytes or anything else), path of a file, or open descriptor."""
 
 
 @dataclass(frozen=True)

@@ -64,7 +64,7 @@ class CachestatLog:
 
     Tell it what was sent (`note_sent`), and two things get better. Where the digest of the last content sent is known,
     the comparison with it decides for pages that no hint made the migration skip: nothing can be missed, and what
-    large folios over-report falls away. And a hinted page (`note_hinted`) that was sent before is dropped only if the
+    large folios over-report falls away (the page cache knows only whole folios, and a canary dirties all of its own). And a hinted page (`note_hinted`) that was sent before is dropped only if the
     destination has exactly its present content.
 
     What may still be missed: between two syncs somebody else's writeback hits part of a MiB without touching that
@@ -116,7 +116,9 @@ class CachestatLog:
         """
         for region in self._memory.regions:
             if region.fd < 0:
-                raise MissingFacility("the cachestat log needs guest memory that is a file, this is an anonymous buffer")
+                raise MissingFacility(
+                    "the cachestat log needs guest memory that is a file, this is an anonymous buffer"
+                )
             if not self._room(region.fd):
                 raise MissingFacility(self._no_room(region.fd))
         for i in range(len(self._memory.regions)):
@@ -227,9 +229,7 @@ class CachestatLog:
             if buffer.size != len(pages) * PAGE_SIZE:
                 raise UsageError(f"{buffer.size} bytes for {len(pages)} pages")
             digests = np.empty(len(pages), dtype=np.uint64)
-            lib.dirty_digest_pages(
-                ffi.cast("uint8_t *", buffer.ctypes.data), len(pages), ffi.NULL, 0, _words(digests)
-            )
+            lib.dirty_digest_pages(ffi.cast("uint8_t *", buffer.ctypes.data), len(pages), ffi.NULL, 0, _words(digests))
             self._sent[pages] = digests
         self._sent_known[pages] = True
         self._hinted[pages] = False
@@ -238,13 +238,16 @@ class CachestatLog:
 
     def _room(self, fd: int) -> bool:
         volume, file = os.fstatvfs(fd), os.fstat(fd)
+        if not volume.f_blocks:  # an anonymous memory file: no limit, and the probe refuses it
+            return True
         return volume.f_bavail * volume.f_frsize >= max(0, file.st_size - file.st_blocks * 512) + _ROOM_MARGIN
 
     def _no_room(self, fd: int) -> str:
         volume, file = os.fstatvfs(fd), os.fstat(fd)
+        free, need = volume.f_bavail * volume.f_frsize, file.st_size - file.st_blocks * 512 + _ROOM_MARGIN
         return (
-            f"the file system of the guest's memory has {volume.f_bavail * volume.f_frsize >> 20} MiB free, writing all "
-            f"of the memory back needs {(file.st_size - file.st_blocks * 512) >> 20} MiB: free some, or put it elsewhere"
+            f"the file system of the guest's memory has {free >> 20} MiB free, writing all of the memory back may need "
+            f"{need >> 20} MiB: free some, or put the memory elsewhere"
         )
 
     def _probe(self, index: int) -> None:
