@@ -21,8 +21,8 @@ struct cache_counts {
     uint64_t cached, dirty, writeback, evicted, recently_evicted;
 };
 
-/* Pages tried at once before halving: the kernel walks all of a range to count, so halving from the whole file
- * would walk each part again and again. */
+/* Pages tried at once before halving: the kernel walks all of a range to count it, so halving from the
+ * whole file on would walk each part again and again. */
 #define WINDOW 512
 
 static int count_pages(int fd, uint64_t at, uint64_t length, struct cache_counts *counts)

@@ -64,8 +64,9 @@ class CachestatLog:
 
     Tell it what was sent (`note_sent`), and two things get better. Where the digest of the last content sent is known,
     the comparison with it decides for pages that no hint made the migration skip: nothing can be missed, and what
-    large folios over-report falls away (the page cache knows only whole folios, and a canary dirties all of its own). And a hinted page (`note_hinted`) that was sent before is dropped only if the
-    destination has exactly its present content.
+    large folios over-report falls away (the page cache knows only whole folios, and a canary dirties all of its own).
+    And a hinted page (`note_hinted`) that was sent before is dropped only if the destination has exactly its present
+    content.
 
     What may still be missed: between two syncs somebody else's writeback hits part of a MiB without touching that
     MiB's canary, *and* a page in that part
