@@ -1,4 +1,4 @@
-"""The errors of the whole project, and the one place where C codes become exceptions.
+"""The errors of the whole project, and what they say. `vring.codes` makes them from C error codes.
 
 ``VirtioError`` covers everything; ``DriverError`` and ``DeviceError`` say which *peer* broke the protocol,
 ``UsageError`` that the caller did. Nothing here knows balloons.
@@ -31,6 +31,8 @@ class VirtioError(Exception):
         self.queue = queue
         self.index = index
         self.clause = clause
+        self.code: str | None = None
+        """Name of the C error code, such as ``VQ_ELOOP``, where there is one."""
         super().__init__(message)
 
     def __str__(self) -> str:

@@ -18,6 +18,9 @@ int64_t dirty_count(const uint64_t *map, uint64_t first, uint64_t n);
  * Bytes outside [0, pages * 4096) are left alone. Returns how many bits were set before. */
 int64_t dirty_clear_ranges(uint64_t *map, uint64_t pages, const uint64_t *addr, const uint64_t *len, uint64_t count);
 
+/* Set the bits of the pages wholly inside `count` byte ranges. */
+void dirty_set_ranges(uint64_t *map, uint64_t pages, const uint64_t *addr, const uint64_t *len, uint64_t count);
+
 /* The runs of set bits in [first, end): writes up to `max` (start, length) pairs, returns how many;
  * *resume is where to go on, `end` when all was seen. */
 int64_t dirty_runs(const uint64_t *map, uint64_t first, uint64_t end, uint64_t *starts, uint64_t *lengths, uint64_t max,

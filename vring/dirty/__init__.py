@@ -8,13 +8,9 @@ from __future__ import annotations
 
 from typing import Protocol
 
-import numpy as np
-import numpy.typing as npt
+from vring.bitmap import Bitmap
 
 __all__ = ["Bitmap", "DirtyLog", "DirtyLogVoid"]
-
-Bitmap = npt.NDArray[np.uint64]
-"""Page bitmap: bit ``p % 64`` of word ``p // 64`` is page ``p`` (guest address divided by 4096)."""
 
 
 class DirtyLogVoid(Exception):

@@ -1,0 +1,151 @@
+"""Free page hinting as the host sees it: one run of hints, as a table.
+
+A run goes ``STOP -> REQUESTED -> START -> STOP ... -> DONE``. The host requests hints by publishing a new command id
+in the config space; the guest answers with that id on the free page queue (START), then its free blocks, then a stop.
+The host may stop a run (STOP: the guest keeps the blocks), request another with a new id, and finally says DONE (the
+guest frees them). `TABLE` below is the whole behaviour; the diagram in ``docs/hinting.md`` is drawn from it.
+
+No I/O, no clock, no memory: what a page of a hint is, others know.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum, auto
+
+from balloon_dev.profiles import Profile
+from vring.errors import UsageError
+
+__all__ = ["CMD_ID_DONE", "CMD_ID_STOP", "TABLE", "Action", "HintEvent", "HintRun", "HintState", "Transition"]
+
+CMD_ID_STOP = 0
+"""Command id 0: stop hinting, keep the pages hinted so far (VIRTIO 5.5.6.5)."""
+CMD_ID_DONE = 1
+"""Command id 1: all is over, hinted pages may be released."""
+
+
+class HintState(Enum):
+    """Where a run stands."""
+
+    STOP = auto()
+    REQUESTED = auto()
+    START = auto()
+    DONE = auto()
+
+
+class HintEvent(Enum):
+    """What can happen to a run."""
+
+    HOST_START = "host starts a run"
+    HOST_STOP = "host stops"
+    HOST_DONE = "host is done"
+    GUEST_ID = "guest sends the current id"
+    GUEST_OTHER_ID = "guest sends any other command"
+    GUEST_PAGES = "guest sends pages"
+    RESET = "device reset"
+
+
+class Action(Enum):
+    """What the device does beside changing state."""
+
+    NEW_ID = "take the next id, publish it, config interrupt"
+    PUBLISH = "publish, config interrupt"
+    APPLY = "apply the hint"
+    NOTHING = "nothing"
+    IGNORE = "return the buffer without effect"
+
+
+@dataclass(frozen=True, slots=True)
+class Transition:
+    """One cell of the table."""
+
+    next: HintState
+    action: Action
+
+
+def _table() -> dict[tuple[HintState, HintEvent], Transition]:
+    state, event, act = HintState, HintEvent, Action
+    table = {}
+    for s in state:
+        # What holds in every state unless a line below says otherwise.
+        table[s, event.HOST_START] = Transition(state.REQUESTED, act.NEW_ID)
+        table[s, event.HOST_STOP] = Transition(s, act.NOTHING)
+        table[s, event.HOST_DONE] = Transition(state.DONE, act.PUBLISH)
+        table[s, event.GUEST_ID] = Transition(s, act.IGNORE)
+        table[s, event.GUEST_OTHER_ID] = Transition(s, act.IGNORE)
+        table[s, event.GUEST_PAGES] = Transition(s, act.IGNORE)
+        table[s, event.RESET] = Transition(state.STOP, act.NOTHING)
+    table[state.DONE, event.HOST_DONE] = Transition(state.DONE, act.NOTHING)
+    table[state.REQUESTED, event.HOST_STOP] = Transition(state.STOP, act.PUBLISH)
+    table[state.START, event.HOST_STOP] = Transition(state.STOP, act.PUBLISH)
+    table[state.REQUESTED, event.GUEST_ID] = Transition(state.START, act.NOTHING)
+    table[state.START, event.GUEST_PAGES] = Transition(state.START, act.APPLY)
+    # Any command during a run ends it: the guest is out of pages. A repeated id counts as such, as in QEMU.
+    table[state.START, event.GUEST_ID] = Transition(state.STOP, act.NOTHING)
+    table[state.START, event.GUEST_OTHER_ID] = Transition(state.STOP, act.NOTHING)
+    return table
+
+
+TABLE = _table()
+
+
+class HintRun:
+    """State of free page hinting in a device.
+
+    Parameters
+    ----------
+    profile
+        Decides the range of ids and what the config field shows during a run.
+    """
+
+    def __init__(self, profile: Profile) -> None:
+        self.profile = profile
+        self.state = HintState.STOP
+        self.command_id = profile.id_initial
+        """Id of the current or last run (before the first run: the counter's start)."""
+
+    def handle(self, event: HintEvent) -> Action:
+        """Let `event` happen; return what the device has to do."""
+        transition = TABLE[self.state, event]
+        self.state = transition.next
+        if transition.action is Action.NEW_ID:
+            self.command_id = self.profile.id_min if self.command_id >= self.profile.id_max else self.command_id + 1
+        return transition.action
+
+    def guest_command(self, command_id: int) -> Action:
+        """Let the guest's command happen: the current id, or any other."""
+        return self.handle(HintEvent.GUEST_ID if command_id == self.command_id else HintEvent.GUEST_OTHER_ID)
+
+    @property
+    def active(self) -> bool:
+        """Whether hints may come in: requested or running."""
+        return self.state in (HintState.REQUESTED, HintState.START)
+
+    @property
+    def config_value(self) -> int:
+        """What ``free_page_hint_cmd_id`` in the config space reads."""
+        if self.state is HintState.REQUESTED:
+            return self.command_id
+        if self.state is HintState.START and self.profile.config_shows_id_while_running:
+            return self.command_id
+        return CMD_ID_DONE if self.state is HintState.DONE else CMD_ID_STOP
+
+    def save(self) -> dict[str, int | str]:
+        """Return what a migration carries."""
+        return {"state": self.state.name, "command_id": self.command_id}
+
+    def load(self, saved: dict[str, int | str]) -> None:
+        """Take over saved state.
+
+        Raises
+        ------
+        UsageError
+            If it is not what `save` returns.
+        """
+        try:
+            state, command_id = HintState[str(saved["state"])], int(saved["command_id"])
+        except (KeyError, ValueError) as error:
+            raise UsageError(f"saved hint state {saved!r} is malformed") from error
+        if not 0 <= command_id <= 0xFFFFFFFF:
+            raise UsageError(f"saved command id {command_id:#x} is not a 32-bit number")
+        self.state, self.command_id = state, command_id

@@ -1,0 +1,381 @@
+/* The device half of a split virtqueue: pops what the driver made available, pushes it back used.
+ *
+ * The driver is hostile and may write shared memory at any time: each field is read once into a local,
+ * checked, and only the local is used. Every loop is bounded by the queue size. Nothing is ever written but
+ * the used ring.
+ */
+
+#include "vring/vring_internal.h"
+
+static uint16_t *used_event(struct vq_device *q)
+{
+    return q->avail + WORD_AVAIL_RING + q->size;
+}
+
+static uint16_t *avail_event(struct vq_device *q)
+{
+    return q->used + WORD_USED_RING + 4 * (size_t)q->size;
+}
+
+int vq_device_init(struct vq_device *q, const struct vq_memory *mem, const struct vq_ring *ring,
+                   uint16_t base, struct vq_device_head *heads)
+{
+    struct vq_parts parts;
+    int err = vq_parts_find(&parts, mem, ring);
+
+    if (err)
+        return err;
+    if (!heads || ring->flags & ~(uint32_t)(VQ_F_EVENT_IDX | VQ_F_INDIRECT))
+        return VQ_EINVAL;
+    memset(q, 0, sizeof(*q));
+    memset(heads, 0, ring->size * sizeof(*heads));
+    q->mem = mem;
+    q->desc = parts.desc;
+    q->avail = parts.avail;
+    q->used = parts.used;
+    q->heads = heads;
+    q->size = ring->size;
+    q->flags = ring->flags;
+    q->avail_next = q->avail_seen = q->used_next = base;
+    q->ring = *ring;
+    return 0;
+}
+
+int vq_device_rebind(struct vq_device *q, const struct vq_memory *mem)
+{
+    struct vq_parts parts;
+    int err = vq_parts_find(&parts, mem, &q->ring);
+
+    if (err)
+        return err;
+    q->mem = mem;
+    q->desc = parts.desc;
+    q->avail = parts.avail;
+    q->used = parts.used;
+    q->region = 0;
+    return 0;
+}
+
+/* ---- taking buffers ---- */
+
+static int bad(struct vq_device *q, int code, uint32_t desc, uint64_t addr)
+{
+    q->bad_desc = desc;
+    q->bad_addr = addr;
+    return code;
+}
+
+/* Whether a buffer is guest memory; most lie in the same region as the one before. */
+static inline int covered(struct vq_device *q, uint64_t addr, uint32_t len)
+{
+    const struct vq_memory *mem = q->mem;
+    const struct vq_region *r = &mem->region[q->region];
+
+    if (addr - r->gpa < r->size && len <= r->size - (addr - r->gpa)) /* below gpa wraps to huge */
+        return 1;
+    for (uint32_t i = 0; i < mem->count && i < VQ_MAX_REGIONS; i++) {
+        if (addr - mem->region[i].gpa < mem->region[i].size)
+            q->region = i;
+    }
+    return vq_memory_covers(mem, addr, len);
+}
+
+/* One descriptor of an indirect table known to be guest memory, of which an entry may lie across two regions.
+ */
+static struct vring_desc read_indirect(const struct vq_memory *mem, uint64_t addr)
+{
+    const void *p = vq_memory_at(mem, addr, sizeof(struct vring_desc));
+    uint8_t copy[sizeof(struct vring_desc)] = {0};
+
+    if (p)
+        return read_desc(p);
+    for (uint32_t i = 0; i < sizeof(copy); i++) {
+        const volatile uint8_t *byte = vq_memory_at(mem, addr + i, 1);
+
+        if (byte)
+            copy[i] = *byte;
+    }
+    return read_desc(copy);
+}
+
+/* Check the descriptor of an indirect table; the number of its entries, or an error. */
+static int enter_indirect(struct vq_device *q, const struct vring_desc *d, uint32_t index, int nested)
+{
+    if (!(q->flags & VQ_F_INDIRECT))
+        return bad(q, VQ_EINDIRECT, index, d->flags);
+    if (nested)
+        return bad(q, VQ_EINDIRECT_NEST, index, d->addr);
+    if (d->flags & VRING_DESC_F_NEXT)
+        return bad(q, VQ_EINDIRECT_NEXT, index, d->flags);
+    if (d->len == 0 || d->len % sizeof(*d) || d->len / sizeof(*d) > q->size)
+        return bad(q, VQ_EINDIRECT_SIZE, index, d->len);
+    if (!vq_memory_covers(q->mem, d->addr, d->len))
+        return bad(q, VQ_EADDR, index, d->addr);
+    return (int)(d->len / sizeof(*d)); /* WRITE is disregarded: split.indirect.device-1 */
+}
+
+/* Check and copy out one segment behind chain->n_segs others. */
+static int take_segment(struct vq_device *q, const struct vring_desc *d, uint32_t index, struct vq_seg *seg,
+                        struct vq_chain *chain)
+{
+    if (d->len == 0)
+        return bad(q, VQ_EZERO, index, d->addr);
+    if (d->flags & VRING_DESC_F_WRITE) {
+        chain->writable += d->len;
+    } else {
+        if (chain->n_readable != chain->n_segs)
+            return bad(q, VQ_EORDER, index, d->addr);
+        chain->n_readable++;
+        chain->readable += d->len;
+    }
+    if (chain->readable + chain->writable > (uint64_t)1 << 32)
+        return bad(q, VQ_ETOTAL, index, chain->readable + chain->writable);
+    if (!covered(q, d->addr, d->len))
+        return bad(q, VQ_EADDR, index, d->addr);
+    seg->addr = d->addr;
+    seg->len = d->len;
+    seg->flags = d->flags & VRING_DESC_F_WRITE;
+    chain->n_segs++;
+    return 0;
+}
+
+/* Follow a chain from its first descriptor, already read. Returns 0, an error of the driver, or VQ_ESEGS. */
+static int walk_chain(struct vq_device *q, struct vring_desc d, struct vq_chain *chain, struct vq_seg *segs,
+                      uint32_t room)
+{
+    uint32_t index = chain->head, entries = q->size;
+    uint64_t table = 0;
+    int indirect = 0;
+
+    /* Each turn takes a segment or enters the one table there may be: at most size + 1 turns. */
+    for (;;) {
+        int err;
+
+        if (d.flags & VRING_DESC_F_INDIRECT) {
+            err = enter_indirect(q, &d, index, indirect);
+            if (err < 0)
+                return err;
+            indirect = 1;
+            table = d.addr;
+            entries = (uint32_t)err;
+            index = 0;
+            d = read_indirect(q->mem, table);
+            continue;
+        }
+        if (chain->n_segs == q->size)
+            return bad(q, VQ_ELOOP, index, d.addr);
+        if (chain->n_segs == room)
+            return VQ_ESEGS;
+        err = take_segment(q, &d, index, &segs[chain->n_segs], chain);
+        if (err)
+            return err;
+        if (!(d.flags & VRING_DESC_F_NEXT))
+            return 0;
+        if (d.next >= entries)
+            return bad(q, VQ_ENEXT, index, d.next);
+        index = d.next;
+        d = indirect ? read_indirect(q->mem, table + (uint64_t)index * sizeof(d))
+                     : read_desc(&q->desc[index]);
+    }
+}
+
+/* Read avail idx again. Returns how many buffers wait, or an error code that is not yet made sticky. */
+static int fetch_avail(struct vq_device *q)
+{
+    /* Acquire: ring entries, descriptors and buffers after the index; pairs with the release in
+     * vq_driver_publish. */
+    uint16_t idx = load16_acquire(q->avail + WORD_IDX);
+    uint16_t ready = (uint16_t)(idx - q->avail_next);
+
+    if (ready + q->in_flight > q->size || ready < (uint16_t)(q->avail_seen - q->avail_next)) {
+        q->bad_index = q->avail_next;
+        return bad(q, VQ_EAVAIL_AHEAD, 0, idx);
+    }
+    q->avail_seen = idx;
+    return ready;
+}
+
+int vq_device_pop(struct vq_device *q, struct vq_chain *chains, uint32_t max_chains, struct vq_seg *segs,
+                  uint32_t max_segs)
+{
+    const uint32_t mask = q->size - 1;
+    uint32_t n = 0, used_segs = 0;
+    int ready;
+
+    if (q->error)
+        return VQ_EBROKEN;
+    if (q->pending)
+        return q->error = q->pending;
+    if (max_chains == 0)
+        return 0;
+    ready = (uint16_t)(q->avail_seen - q->avail_next);
+    if ((uint32_t)ready < max_chains) { /* what was seen last time does not do: look at the shared line */
+        ready = fetch_avail(q);
+        if (ready < 0)
+            return q->error = ready;
+    }
+    if ((uint32_t)ready > max_chains)
+        ready = (int)max_chains;
+    for (; n < (uint32_t)ready; n++) {
+        uint32_t head = load16(q->avail + WORD_AVAIL_RING + (q->avail_next & mask));
+        struct vq_device_head *h = &q->heads[head & mask];
+        struct vq_chain *chain = &chains[n];
+        struct vring_desc d;
+        int err;
+
+        chain->head = head;
+        chain->n_segs = chain->n_readable = 0;
+        chain->first_seg = used_segs;
+        chain->readable = chain->writable = 0;
+        if (head > mask) {
+            err = bad(q, VQ_EHEAD, head, head);
+        } else if (h->held) {
+            err = bad(q, VQ_EINUSE, head, head);
+        } else {
+            d = read_desc(&q->desc[head]);
+            err = walk_chain(q, d, chain, segs + used_segs, max_segs - used_segs);
+        }
+        if (err) {
+            if (err == VQ_ESEGS)
+                return n ? (int)n : VQ_ESEGS;
+            q->bad_index = q->avail_next;
+            if (n == 0)
+                return q->error = err;
+            q->pending = err;
+            return (int)n;
+        }
+        h->writable = chain->writable > UINT32_MAX ? UINT32_MAX : (uint32_t)chain->writable;
+        h->position = q->avail_next;
+        h->held = 1;
+        q->in_flight++;
+        q->avail_next++;
+        used_segs += chain->n_segs;
+    }
+    return (int)n;
+}
+
+int vq_device_unpop(struct vq_device *q, const uint32_t *heads, uint32_t n)
+{
+    uint16_t first = (uint16_t)(q->avail_next - n);
+
+    if (n > q->in_flight)
+        return VQ_ENOTHELD;
+    for (uint32_t i = 0; i < n; i++) {
+        const struct vq_device_head *h = &q->heads[heads[i] & (q->size - 1)];
+
+        if (heads[i] >= q->size || !h->held || h->position != (uint16_t)(first + i))
+            return VQ_ENOTHELD;
+    }
+    for (uint32_t i = 0; i < n; i++)
+        q->heads[heads[i]].held = 0;
+    q->in_flight -= n;
+    q->avail_next = first;
+    return 0;
+}
+
+/* ---- giving them back ---- */
+
+int vq_device_push(struct vq_device *q, const uint32_t *heads, const uint32_t *lens, uint32_t n)
+{
+    const uint32_t mask = q->size - 1;
+    uint16_t *ring = q->used + WORD_USED_RING;
+    uint16_t old = q->used_next, now = old;
+
+    if (q->error)
+        return VQ_EBROKEN;
+    if (n == 0)
+        return 0;
+    for (uint32_t i = 0; i < n; i++) {
+        uint32_t head = heads[i], len = lens[i];
+        struct vq_device_head *h = &q->heads[head & mask];
+        uint16_t *element = ring + 4 * (size_t)(now & mask);
+
+        if (head > mask || !h->held || len > h->writable) {
+            int err = head > mask || !h->held ? VQ_ENOTHELD : VQ_EINVAL;
+
+            while (i--) /* the driver has seen nothing of it: the index was not moved */
+                q->heads[heads[i]].held = 1;
+            return err;
+        }
+        h->held = 0;
+        store32(element, head);
+        store32(element + 2, len);
+        now++;
+    }
+    q->in_flight -= n;
+    q->used_next = now;
+    /* Release: elements and what was written into buffers before the index (split.used.device-1, -2); pairs
+     * with the acquire in the driver's fetch of used idx. */
+    store16_release(q->used + WORD_IDX, now);
+    /* Pairs with the full barrier in vq_driver_enable_cb: it writes the event or flag, then reads used idx.
+     */
+    full_barrier();
+    if (q->flags & VQ_F_EVENT_IDX)
+        return need_event(load16(used_event(q)), now, old);
+    return !(load16(q->avail + WORD_FLAGS) & VRING_AVAIL_F_NO_INTERRUPT);
+}
+
+int vq_device_exchange(struct vq_device *q, struct vq_device_io *io, uint32_t n_push, uint32_t max_pop,
+                       uint32_t spins)
+{
+    int n;
+
+    io->n_chains = io->n_segs = io->notify = 0;
+    n = vq_device_push(q, io->heads, io->lens, n_push);
+    if (n < 0)
+        return n;
+    io->notify = (uint32_t)n;
+    if (max_pop > io->max_chains)
+        max_pop = io->max_chains;
+    n = vq_device_pop(q, io->chains, max_pop, io->segs, io->max_segs);
+    if (n == 0 && max_pop && !io->notify) {
+        while (spins &&
+               load16(q->avail + WORD_IDX) == q->avail_next) { /* no order needed: the pop acquires */
+            spins--;
+            cpu_relax();
+        }
+        if (spins)
+            n = vq_device_pop(q, io->chains, max_pop, io->segs, io->max_segs);
+    }
+    if (n <= 0)
+        return n;
+    for (int i = 0; i < n; i++) {
+        io->heads[i] = io->chains[i].head;
+        io->lens[i] = 0;
+    }
+    io->n_chains = (uint32_t)n;
+    io->n_segs = io->chains[n - 1].first_seg + io->chains[n - 1].n_segs;
+    return n;
+}
+
+/* ---- kicks ---- */
+
+int vq_device_enable_notify(struct vq_device *q)
+{
+    int ready;
+
+    if (q->error)
+        return VQ_EBROKEN;
+    if (q->flags & VQ_F_EVENT_IDX)
+        store16(avail_event(q), q->avail_next);
+    else
+        store16(q->used + WORD_FLAGS, 0);
+    /* Pairs with the full barrier in vq_driver_publish: it writes avail idx, then reads the event or flag.
+     * Then look at the real index: what was published before our store kicks nobody. */
+    full_barrier();
+    ready = fetch_avail(q);
+    if (ready < 0)
+        return q->error = ready;
+    return ready != 0;
+}
+
+int vq_device_disable_notify(struct vq_device *q)
+{
+    if (q->error)
+        return VQ_EBROKEN;
+    if (q->flags & VQ_F_EVENT_IDX)
+        store16(avail_event(q), (uint16_t)(q->avail_next - 1)); /* just passed: 65535 buffers away */
+    else
+        store16(q->used + WORD_FLAGS, VRING_USED_F_NO_NOTIFY);
+    return 0;
+}

@@ -1,0 +1,76 @@
+"""``python -m guest_driver``: run the embedded guest against a vhost-user balloon device."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import signal
+import sys
+
+from balloon_dev.profiles import PROFILES, profile_named
+from guest_driver.balloon import DEFAULT_FEATURES, FreeAt
+from guest_driver.process import GuestOptions, GuestProcess, die_with_parent
+from guest_driver.workloads import FORMS
+from vring.errors import DeviceError, MissingFacility, PeerVanished, UsageError, VirtioError
+from vring.sizes import parse_size
+
+EXIT = {UsageError: 2, MissingFacility: 3, DeviceError: 4, PeerVanished: 5}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Parse the arguments, run a guest, return the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m guest_driver", description=__doc__, epilog=f"Workloads: {FORMS}")
+    parser.add_argument("--socket", required=True, help="vhost-user socket of the balloon device")
+    parser.add_argument("--memory", default="1G", type=parse_size, help="RAM, such as 512M or 1G")
+    parser.add_argument("--workload", default="churn", help="what the guest does with its memory")
+    parser.add_argument("--seed", default=1, type=int, help="of contents and of the workload's choices")
+    parser.add_argument("--profile", default="spec", choices=sorted(PROFILES), help="how queues are numbered")
+    parser.add_argument("--features", default=DEFAULT_FEATURES, type=lambda t: int(t, 0), help="feature bits to accept")
+    parser.add_argument("--batch", default=64, type=int, help="hint blocks allocated and published at a time")
+    parser.add_argument("--free-at", default="done", choices=["done", "stop"], help="when hinted blocks are freed")
+    parser.add_argument("--dirty-log", default="auto", choices=["auto", "wp-async", "software"])
+    parser.add_argument("--control-fd", default=-1, type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--ram-fd", default=-1, type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--bases", default="{}", type=json.loads, help=argparse.SUPPRESS)
+    parser.add_argument("--die-with-parent", action="store_true", help="be killed when the parent process dies")
+    parser.add_argument("-v", "--verbose", action="count", default=0)
+    args = parser.parse_args(arguments)
+    if args.die_with_parent:
+        die_with_parent()
+    logging.basicConfig(level=logging.DEBUG if args.verbose else logging.WARNING, format="%(name)s: %(message)s")
+    if args.control_fd >= 0:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the host: it decides what becomes of the guest
+    options = GuestOptions(
+        socket=args.socket,
+        memory=args.memory,
+        workload=args.workload,
+        seed=args.seed,
+        profile=profile_named(args.profile),
+        features=args.features,
+        batch=args.batch,
+        free_at=FreeAt[args.free_at.upper()],
+        dirty_log=args.dirty_log,
+        control=args.control_fd,
+        ram=args.ram_fd,
+        bases={int(k): int(v) for k, v in args.bases.items()},
+    )
+    guest = None
+    try:
+        guest = GuestProcess(options)
+        guest.boot()
+        guest.run()
+    except KeyboardInterrupt:
+        return 130
+    except VirtioError as error:
+        if not (args.control_fd >= 0 and isinstance(error, PeerVanished)):  # the host knows that it is gone
+            print(f"guest: {error}", file=sys.stderr)
+        return next((code for kind, code in EXIT.items() if isinstance(error, kind)), 1)
+    finally:
+        if guest is not None:
+            guest.close()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,282 @@
+"""The guest as a process: RAM, memory manager, balloon driver and workload in one single-threaded loop.
+
+A host that launches it holds the other end of a control channel (a SOCK_SEQPACKET socket, one JSON object a message)
+and can pause and resume it; without one it runs until the device goes away. Pausing is cooperative: it is acknowledged
+at a step boundary, and from then on this process stores nothing to guest RAM until it is resumed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import json
+import logging
+import mmap
+import os
+import select
+import signal
+import socket
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from balloon_dev.journal import Journal
+from balloon_dev.profiles import SPEC, Profile
+from guest_driver.balloon import DEFAULT_FEATURES, BalloonDriver, FreeAt
+from guest_driver.memory_manager import MemoryManager, Owner
+from guest_driver.vhost_user import VhostUserTransport
+from guest_driver.workloads import Workload
+from vring.dirty.software import SoftwareDirtyLog
+from vring.dirty.wp_async import WriteProtection
+from vring.errors import MissingFacility, PeerVanished, UsageError
+from vring.memory import GuestMemory, Region
+
+__all__ = ["GuestOptions", "GuestProcess"]
+
+log = logging.getLogger(__name__)
+SLICE_STEPS = 64
+"""Driver steps before the loop looks at the control channel again."""
+MAX_MESSAGE = 1 << 16
+PR_SET_PDEATHSIG = 1
+
+
+@dataclass(frozen=True, slots=True)
+class GuestOptions:
+    """How to start a guest."""
+
+    socket: str
+    """vhost-user socket of the balloon device."""
+    memory: int = 1 << 30
+    """Bytes of RAM."""
+    workload: str = "churn"
+    seed: int = 1
+    profile: Profile = SPEC
+    features: int = DEFAULT_FEATURES
+    batch: int = 64
+    free_at: FreeAt = FreeAt.DONE
+    dirty_log: str = "auto"
+    """``wp-async``, ``software``, or ``auto``: the first that works."""
+    control: int = -1
+    """Descriptor of the control channel, -1 for none."""
+    ram: int = -1
+    """Descriptor of RAM that holds a migrated guest to go on with, -1 to boot a fresh one."""
+    bases: dict[int, int] = field(default_factory=dict)
+    """With `ram`: avail index of each queue, as the device saved them."""
+    queue_sizes: tuple[int, ...] = (128, 128, 128, 1024, 32)
+
+
+class GuestProcess:
+    """One guest. `run` returns when it is told to quit."""
+
+    def __init__(self, options: GuestOptions) -> None:
+        self.options = options
+        self._control: socket.socket | None = None
+        if options.control >= 0:
+            self._control = socket.socket(fileno=options.control)
+            self._control.setblocking(False)
+        self._paused = False
+        self._quit = False
+        self._protection: WriteProtection | None = None
+        self._shared_log: mmap.mmap | None = None
+        self._journal: Journal | None = None
+
+    # -- control channel ------------------------------------------------------------------------------------------
+
+    def _tell(self, event: str, fds: tuple[int, ...] = (), **facts: Any) -> None:
+        if self._control is None:
+            return
+        message = json.dumps({"event": event, **facts}).encode()
+        try:
+            self._control.setblocking(True)
+            socket.send_fds(self._control, [message], list(fds))
+        except OSError as error:
+            raise PeerVanished(f"the host closed the control channel: {error.strerror}") from error
+        finally:
+            self._control.setblocking(False)
+
+    def _listen(self) -> bool:
+        """Obey one command, if there is one."""
+        if self._control is None:
+            return False
+        try:
+            data = self._control.recv(MAX_MESSAGE)
+        except BlockingIOError:
+            return False
+        except OSError as error:
+            raise PeerVanished(f"the host closed the control channel: {error.strerror}") from error
+        if not data:
+            raise PeerVanished("the host closed the control channel")
+        command = json.loads(data)
+        log.debug("guest: command %s", command)
+        handlers = {
+            "pause": self._pause,
+            "resume": self._resume,
+            "status": lambda: self._tell("status", **self._status()),
+            "check": self._check,
+            "quit": self._stop,
+        }
+        handler = handlers.get(command.get("command"))
+        if handler is None:
+            raise UsageError(f"the host sent the unknown command {command!r}")
+        handler()
+        return True
+
+    def _stop(self) -> None:
+        self._quit = True
+
+    def _pause(self) -> None:
+        self._paused = True
+        self._clock[0] = self._guest_time()
+        self._tell("paused", **self._status())
+
+    def _resume(self) -> None:
+        self._paused = False
+        self._resumed_at = time.monotonic()
+        self._tell("resumed")
+
+    def _check(self) -> None:
+        """Check the allocator and the content of every page the workload owns."""
+        self.manager.verify()
+        result = self.workload.check()
+        self._tell("checked", pages=result.pages, wrong=result.wrong, first_wrong=result.first_wrong)
+
+    def _status(self) -> dict[str, Any]:
+        owners = self.manager.pages_by_owner()
+        return {
+            "allocated_pages": owners.get(int(Owner.WORKLOAD), 0),
+            "hinted_pages": owners.get(int(Owner.HINT), 0),
+            "ballooned_pages": owners.get(int(Owner.BALLOON), 0),
+            "free_pages": self.manager.free_pages,
+            "total_pages": self.manager.total_pages,
+            "pages_written": self.workload.pages_written,
+            "guest_seconds": float(self._clock[0]),
+            "driver": self.driver.statistics(),
+        }
+
+    # -- starting -------------------------------------------------------------------------------------------------
+
+    def boot(self) -> None:
+        """Make or take over the RAM, connect to the device, set up the workload."""
+        options = self.options
+        if options.ram >= 0:
+            self.memory = GuestMemory.from_fds([Region(0, os.fstat(options.ram).st_size, options.ram)])
+            self.manager = MemoryManager.attach(self.memory)
+        else:
+            self.memory = GuestMemory.create(options.memory)
+            self.manager = MemoryManager.create(self.memory, seed=options.seed)
+            self.manager.kernel.reserve("clock", 8, 8)
+        clock = self.manager.kernel.find("clock")
+        if clock is None:
+            raise UsageError("the RAM holds no guest of this program: there is no clock in its kernel area")
+        self._clock = self.memory.array(clock, 1, np.float64)
+        self._resumed_at = time.monotonic()
+        self._introduce()
+        self.transport = VhostUserTransport(options.socket, self.memory, queue_sizes=options.queue_sizes)
+        common: dict[str, Any] = {"profile": options.profile, "batch": options.batch, "free_at": options.free_at}
+        if options.ram >= 0:
+            self.driver = BalloonDriver.attach(self.manager, self.transport, options.bases, **common)
+            self.workload = Workload.attach(self.manager)
+        else:
+            self.driver = BalloonDriver(self.manager, self.transport, features=options.features, **common)
+            self.driver.probe()
+            self.workload = Workload.create(self.manager, options.workload, seed=options.seed)
+        while not self.workload.setup_step():
+            self._serve_driver()
+            self._listen()
+            if self._quit:
+                return
+        self._tell("ready", **self._status())
+
+    def _introduce(self) -> None:
+        """Say hello: what tracks this guest's writes, and where."""
+        wanted = self.options.dirty_log
+        ranges: list[list[int]] = []
+        fds: list[int] = []
+        why = None
+        if wanted in ("auto", "wp-async"):
+            try:
+                self._protection = WriteProtection(self.memory)
+                ranges = [[r.gpa, r.size, r.address] for r in self._protection.ranges]
+            except MissingFacility as error:
+                why = str(error)
+                if wanted == "wp-async":
+                    raise
+        log_fd = -1
+        if not ranges:  # no kernel help, or not wanted: mark what is written
+            size = SoftwareDirtyLog.bytes_for(self.memory.page_span)
+            log_fd = os.memfd_create("dirty-log", os.MFD_CLOEXEC)
+            os.ftruncate(log_fd, size)
+            self._shared_log = mmap.mmap(log_fd, size)
+            self.manager.use_dirty_log(np.frombuffer(self._shared_log, dtype=np.uint64))
+            fds.append(log_fd)
+        self._journal = Journal.create(self.memory.page_span)
+        self.manager.use_journal(self._journal)
+        fds.append(self._journal.fd)
+        self._tell(
+            "hello",
+            tuple(fds),
+            pid=os.getpid(),
+            memory=self.memory.size,
+            dirty_log="wp-async" if ranges else "software",
+            why_not_wp_async=why,
+            ranges=ranges,
+            kernel_bytes=self.manager.kernel.size,
+        )
+        if log_fd >= 0:
+            os.close(log_fd)
+
+    # -- running --------------------------------------------------------------------------------------------------
+
+    def _guest_time(self) -> float:
+        """Seconds this guest has run, in all its processes."""
+        return float(self._clock[0]) + (0.0 if self._paused else time.monotonic() - self._resumed_at)
+
+    def _serve_driver(self) -> bool:
+        """Let the driver work a bounded while; return whether it wants more."""
+        self.driver.interrupt(self.transport.interrupts())
+        return all(self.driver.step() for _ in range(SLICE_STEPS))
+
+    def run(self) -> None:
+        """Run until told to quit.
+
+        Raises
+        ------
+        PeerVanished
+            If the device or the host is gone.
+        """
+        poll = select.poll()
+        for fd in [*self.transport.filenos(), *([self._control.fileno()] if self._control else [])]:
+            poll.register(fd, select.POLLIN)
+        while not self._quit:
+            while self._listen():
+                pass
+            if self._quit:
+                break
+            if self._paused:
+                select.select([self._control], [], [], 1.0)
+                continue
+            busy = self._serve_driver()
+            now = self._guest_time()
+            wake = self.workload.step(now)
+            timeout = 0.0 if busy else min(max(wake - self._guest_time(), 0.0), 0.5)
+            if poll.poll(timeout * 1000):
+                self.transport.check_alive()
+
+    def close(self) -> None:
+        """Let go of everything."""
+        transport = getattr(self, "transport", None)
+        if transport is not None:
+            transport.close()
+        if self._protection is not None:
+            self._protection.close()
+
+
+def die_with_parent() -> None:
+    """Have the kernel kill this process when the one that launched it dies, whatever way."""
+    parent = os.getppid()
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent or parent == 1:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(os.getpid(), signal.SIGKILL)

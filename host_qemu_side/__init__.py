@@ -1,0 +1,1 @@
+"""The hypervisor's side: vhost-user back end, live migration, discarding memory, launching guests."""

@@ -1,0 +1,59 @@
+"""One `selectors` loop for everything a host process waits for. No threads."""
+
+from __future__ import annotations
+
+import selectors
+import time
+from collections.abc import Callable
+
+from vring.errors import PeerVanished
+
+__all__ = ["Loop"]
+
+READ = selectors.EVENT_READ
+WRITE = selectors.EVENT_WRITE
+
+
+class Loop:
+    """Calls back when descriptors are ready."""
+
+    def __init__(self) -> None:
+        self._selector = selectors.DefaultSelector()
+
+    def watch(self, fd: int, callback: Callable[[], None], events: int = READ) -> None:
+        """Call `callback` whenever `fd` is ready; replaces an earlier watch of the same descriptor."""
+        if fd in self._selector.get_map():
+            self._selector.modify(fd, events, callback)
+        else:
+            self._selector.register(fd, events, callback)
+
+    def unwatch(self, fd: int) -> None:
+        """Stop watching `fd`; unknown descriptors are no error."""
+        if fd >= 0 and fd in self._selector.get_map():
+            self._selector.unregister(fd)
+
+    def run_once(self, timeout: float = 0.0) -> None:
+        """Serve what is ready, waiting for at most `timeout` seconds for something to become so."""
+        for key, _ in self._selector.select(max(timeout, 0.0)):
+            # A callback before this one may have ended the watch.
+            if key.fd in self._selector.get_map() and self._selector.get_map()[key.fd].data is key.data:
+                key.data()
+
+    def run_until(self, done: Callable[[], bool], timeout: float, what: str) -> None:
+        """Serve until `done()`.
+
+        Raises
+        ------
+        PeerVanished
+            If it does not become true within `timeout` seconds; `what` says what was waited for.
+        """
+        deadline = time.monotonic() + timeout
+        while not done():
+            left = deadline - time.monotonic()
+            if left <= 0:
+                raise PeerVanished(f"waited {timeout:g} s for {what}")
+            self.run_once(min(left, 0.1))
+
+    def close(self) -> None:
+        """Forget all watches."""
+        self._selector.close()

@@ -1,0 +1,552 @@
+"""Live migration in rounds, as QEMU does it, with free page hints: the sending side.
+
+`Migration` does no I/O of its own and keeps no clock: it is stepped with the time, reads the guest's memory, asks a
+dirty log, writes to an `Output` and tells a `GuestControl` when to freeze. A round is: sync the dirty log, issue a new
+command id, send what is dirty while hints clear bits of the *migration* bitmap, say STOP before the next sync. When
+what is left fits the downtime limit the guest is frozen, the rest is sent, DONE is said, and the guest is handed over.
+
+The order matters (see `docs/stale-hint.md`): a hint is true only of content as it was when its id was issued. So
+tracking is on and synced before an id is issued, a hint never touches the log of writes since, and after STOP no hint
+counts until the next id.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import asdict, dataclass, field
+from enum import Enum
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from host_qemu_side.migration.ram import RamState
+from host_qemu_side.migration.stream import VERSION, Kind, Record, StreamError, StreamWriter
+from vring import bitmap
+from vring.dirty import DirtyLog, DirtyLogVoid
+from vring.errors import UsageError, VirtioError
+from vring.memory import PAGE_SIZE, GuestMemory
+
+__all__ = [
+    "Cancelled",
+    "GuestControl",
+    "HintPort",
+    "HintRunStats",
+    "Limits",
+    "Migration",
+    "MigrationResult",
+    "Observer",
+    "Output",
+    "Phase",
+    "Round",
+]
+
+U64 = npt.NDArray[np.uint64]
+ANSWER_TIMEOUT = 120.0
+"""Seconds a destination may take to check what it got."""
+
+
+class Cancelled(VirtioError):
+    """The migration was cancelled; the guest goes on where it was."""
+
+
+class Phase(Enum):
+    """Named phases, in order; `DONE`, `CANCELLED` and `FAILED` are ends."""
+
+    SETUP = "setup"
+    ROUND = "round"
+    SYNC = "sync"
+    FROZEN = "frozen"
+    HANDOVER = "handover"
+    COMMITTED = "committed"
+    DONE = "done"
+    CANCELLED = "cancelled"
+    FAILED = "failed"
+
+
+class GuestControl(Protocol):
+    """Stops and starts the guest. Both calls return when it is so, or raise."""
+
+    def freeze(self) -> None:
+        """Stop the guest: not one more store to its memory, and nothing served of its queues."""
+
+    def thaw(self) -> None:
+        """Let it go on."""
+
+
+class Output(Protocol):
+    """Where the stream goes."""
+
+    two_way: bool
+    """Whether the other end answers (a file does not)."""
+
+    def send(self, buffers: Sequence[bytes | memoryview]) -> None:
+        """Take buffers to send; they stay unchanged until `flush` returns True."""
+
+    def flush(self) -> bool:
+        """Send what can be sent without waiting; True when nothing is left."""
+
+    def answer(self) -> Record | None:
+        """Return the next record of the other end, None if there is none yet."""
+
+    def finish(self) -> None:
+        """Make what was sent durable."""
+
+
+class HintPort(Protocol):
+    """What the engine needs of a balloon device and the transport before it."""
+
+    sink: Callable[[int, U64, U64], None] | None
+    """Called with (command id, addresses, lengths) for hints of the current run."""
+
+    @property
+    def running(self) -> bool:
+        """Whether a run is requested or started, and not yet ended by either side."""
+
+    def start(self) -> int:
+        """Issue a new command id and tell the driver; return it."""
+
+    def stop(self) -> None:
+        """End the run; the guest keeps its pages."""
+
+    def done(self) -> None:
+        """Let the guest free its pages."""
+
+    def serve(self) -> None:
+        """Serve the free page queue without waiting."""
+
+
+class Observer(Protocol):
+    """Watches a migration; may take its time (the caller stops the clock)."""
+
+    def round_begins(self, number: int) -> None:
+        """Tracking is on and synced; this round's id, if there will be one, is not yet issued."""
+
+    def id_issued(self, command_id: int) -> None:
+        """The guest may see this id from now on."""
+
+    def hints_end(self) -> None:
+        """STOP was said."""
+
+    def frozen(self) -> None:
+        """The guest is frozen for the last round; RAM is as the destination must get it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What a migration may use."""
+
+    bandwidth: float = 128 * 2**20
+    """Bytes per second while the guest runs; 0 for no limit. The last round is not limited, as in QEMU."""
+    downtime: float = 0.3
+    """Seconds the guest may be frozen, by estimate."""
+    max_rounds: int = 30
+    """Rounds after which the guest is frozen however much is left."""
+
+
+@dataclass(slots=True)
+class Round:
+    """One pass over what was dirty. The last one has the guest frozen."""
+
+    bytes_sent: int = 0
+    pages_dirty: int = 0
+    """Pages to send when it began."""
+    pages_normal: int = 0
+    pages_zero: int = 0
+    pages_skipped: int = 0
+    """Pages that hints spared in this round."""
+    seconds: float = 0.0
+    frozen_seconds: float = 0.0
+    log_voided: str | None = None
+    """Why the dirty log could not be trusted at the sync before this round."""
+
+
+@dataclass(slots=True)
+class HintRunStats:
+    """One run of hints."""
+
+    command_id: int
+    blocks: int = 0
+    bytes: int = 0
+    pages_spared: int = 0
+    seconds: float = 0.0
+
+
+@dataclass(slots=True)
+class MigrationResult:
+    """What a migration did."""
+
+    total_seconds: float = 0.0
+    downtime_seconds: float = 0.0
+    bytes_sent: int = 0
+    rounds: list[Round] = field(default_factory=list)
+    hint_runs: list[HintRunStats] = field(default_factory=list)
+    hints_refused: str | None = None
+    pages_hole: int = 0
+    converged: bool = True
+    """False if the guest was frozen because of `Limits.max_rounds`."""
+
+    def pages(self) -> dict[str, int]:
+        """Return pages by kind: sent with content, sent (or left out) as zero, spared by hints."""
+        return {
+            "normal": sum(r.pages_normal for r in self.rounds),
+            "zero": sum(r.pages_zero for r in self.rounds) + self.pages_hole,
+            "skipped": sum(r.pages_skipped for r in self.rounds),
+        }
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return everything as JSON values."""
+        return {**asdict(self), "pages": self.pages()}
+
+
+class Migration:
+    """Sends a guest.
+
+    Parameters
+    ----------
+    memory
+        The guest's RAM.
+    log
+        Which pages it writes.
+    output
+        Where the stream goes.
+    guest
+        Freezes and thaws it.
+    hints
+        The balloon device's hinting, None to migrate without.
+    limits
+        Bandwidth, downtime, rounds.
+    header
+        What the destination has to know before RAM: JSON values.
+    state
+        Called when the guest is frozen and DONE was said; returns the device state to send, JSON values.
+    observer
+        Watches, e.g. for an oracle.
+    hand_over
+        Whether the destination takes the guest (COMMIT). False: the stream ends in an image and the guest goes on here.
+
+    Notes
+    -----
+    Call `step` with a monotonic time until `finished`; it returns when to call again. It raises what went wrong; the
+    guest has then been given DONE and goes on, unless `phase` had reached COMMITTED.
+    """
+
+    def __init__(
+        self,
+        memory: GuestMemory,
+        log: DirtyLog,
+        output: Output,
+        guest: GuestControl,
+        *,
+        hints: HintPort | None = None,
+        limits: Limits = Limits(),  # noqa: B008 - frozen
+        header: dict[str, Any] | None = None,
+        state: Callable[[], dict[str, Any]] = dict,
+        observer: Observer | None = None,
+        hand_over: bool = True,
+    ) -> None:
+        if limits.bandwidth < 0 or limits.downtime < 0 or limits.max_rounds < 1:
+            raise UsageError(f"migration limits make no sense: {limits}")
+        self.memory, self.log, self.output, self.guest, self.hints = memory, log, output, guest, hints
+        self.limits, self.observer, self.hand_over = limits, observer, hand_over
+        self.phase = Phase.SETUP
+        self.result = MigrationResult()
+        self.answers: list[Record] = []
+        """Records the destination sent before READY, READY itself last."""
+        self.frozen = False
+        self._header, self._state = header or {}, state
+        self._writer = StreamWriter()
+        self._ram: RamState | None = None
+        self._round = Round()
+        self._run: HintRunStats | None = None
+        self._run_since = 0.0
+        self._now = 0.0
+        self._frozen_at = 0.0
+        self._round_since = 0.0
+        self._next_send = 0.0
+        self._cancel: str | None = None
+        self._script: Generator[float, None, None] | None = self._migrate()
+
+    # -- the caller's side ----------------------------------------------------------------------------------------
+
+    @property
+    def finished(self) -> bool:
+        """Whether there is nothing left to do."""
+        return self._script is None
+
+    @property
+    def ram(self) -> RamState | None:
+        """What is left to send; None before the first step."""
+        return self._ram
+
+    @property
+    def current_round(self) -> Round:
+        """The round that is going on."""
+        return self._round
+
+    def step(self, now: float) -> float:
+        """Do one small piece: at most 1 MiB is sent. Return the time to come back at (not later).
+
+        Raises
+        ------
+        Cancelled
+            After `cancel`.
+        VirtioError, OSError
+            What went wrong. The guest is whole and goes on, unless `phase` had reached COMMITTED.
+        """
+        self._now = now
+        if self._script is None:
+            return now
+        try:
+            if self._cancel is not None and self.phase is not Phase.COMMITTED:
+                raise Cancelled(self._cancel)
+            return next(self._script)
+        except StopIteration:
+            self._script = None
+            self.phase = Phase.DONE
+            return now
+        except BaseException as error:
+            self._script = None
+            self._give_back(error)
+            raise
+
+    def cancel(self, why: str = "cancelled") -> None:
+        """Give up at the next step. Without effect once the guest was handed over."""
+        self._cancel = why
+
+    def _give_back(self, error: BaseException) -> None:
+        """After a failure: whatever was begun is ended, the guest gets DONE and goes on."""
+        committed = self.phase is Phase.COMMITTED
+        self.phase = Phase.CANCELLED if isinstance(error, Cancelled) else Phase.FAILED
+        try:
+            self.log.stop()
+            if not committed:
+                if self.hints is not None:
+                    self.hints.sink = None
+                    self.hints.done()
+                if self.frozen:
+                    self._thaw()
+                self.output.send(self._writer.json(Kind.CANCEL, {"why": str(error)}))
+                self.output.flush()
+        except (VirtioError, OSError):
+            pass  # the first error is the one to tell
+
+    # -- the script -----------------------------------------------------------------------------------------------
+
+    def _migrate(self) -> Generator[float, None, None]:
+        started = self._now
+        yield from self._setup()
+        for number in range(self.limits.max_rounds):
+            self._begin_round()
+            yield from self._pass(limited=True)
+            if (yield from self._between_rounds(number + 1)):
+                break
+        yield from self._last_round()
+        yield from self._hand_over()
+        self.result.downtime_seconds = self._now - self._frozen_at
+        self.result.total_seconds = self._now - started
+        if not self.hand_over:
+            self._thaw()
+        self.log.stop()
+
+    def _setup(self) -> Generator[float, None, None]:
+        header = {**self._header, "version": VERSION, "page_size": PAGE_SIZE, "hand_over": self.hand_over}
+        header["regions"] = [[r.gpa, r.size] for r in self.memory.regions]
+        self._queue(self._writer.json(Kind.HEADER, header))
+        yield from self._drain()
+        if self.log.needs_frozen_guest:
+            self._freeze()
+        self.log.start()
+        self._ram = RamState(self.memory)
+        if self.observer is not None:
+            self.observer.round_begins(0)
+        if self.frozen:
+            self._thaw()
+        self.result.pages_hole = self._ram.holes
+        yield self._now
+        self._next_send = self._now
+        if self.hints is not None:
+            self.hints.sink = self._hint
+
+    def _begin_round(self) -> None:
+        """Tracking is on and synced: only now may an id be issued."""
+        assert self._ram is not None
+        self.phase = Phase.ROUND
+        self._round = Round(pages_dirty=bitmap.count(self._ram.to_send), log_voided=self._round.log_voided)
+        self._round_since = self._now
+        self.result.rounds.append(self._round)
+        self._ram.rewind()
+        if self.hints is not None:
+            self._run = HintRunStats(self.hints.start())
+            self._run_since = self._now
+            self.result.hint_runs.append(self._run)
+            if self.observer is not None:
+                self.observer.id_issued(self._run.command_id)
+
+    def _pass(self, *, limited: bool) -> Generator[float, None, None]:
+        """Send what the bitmap holds, 1 MiB at a time, serving hints in between."""
+        assert self._ram is not None
+        while True:
+            self._serve_hints()
+            if limited and self.limits.bandwidth and self._now < self._next_send:
+                yield self._next_send
+                continue
+            taken = self._ram.take()
+            if taken is None:
+                return
+            pages, contents, zeros = taken
+            if len(pages):
+                self._queue(self._writer.pages(pages, contents))
+            if len(zeros):
+                self._queue(self._writer.zeros(zeros))
+            self._round.pages_normal += len(pages)
+            self._round.pages_zero += len(zeros)
+            yield from self._drain()
+
+    def _between_rounds(self, next_round: int) -> Generator[float, None, bool]:
+        """STOP, then sync. Return whether the last round comes next; the guest may be frozen for it already."""
+        self.phase = Phase.SYNC
+        ended = self._round
+        ended.seconds = self._now - self._round_since
+        if self.hints is not None:
+            self.hints.stop()
+            self._end_run()
+            if self.observer is not None:
+                self.observer.hints_end()
+        self._queue(self._writer.json(Kind.ROUND, {"round": next_round}))
+        since = self._now
+        if self.log.needs_frozen_guest:
+            self._freeze()
+        left, voided = self._sync()
+        fits = left * PAGE_SIZE <= self._fits_downtime()
+        last = fits or next_round >= self.limits.max_rounds
+        self.result.converged = fits
+        self._round = Round(log_voided=voided)
+        if not last and self.observer is not None:
+            self.observer.round_begins(next_round)
+        if self.frozen and not last:
+            self._thaw()
+            yield self._now
+            ended.frozen_seconds = self._now - since
+        else:
+            yield self._now
+        return last
+
+    def _last_round(self) -> Generator[float, None, None]:
+        assert self._ram is not None
+        since = self._now
+        voided = self._round.log_voided
+        if not self.frozen:  # else the sync between the rounds was the last one
+            self._freeze()
+            _, again = self._sync()
+            voided = again or voided
+        self.phase = Phase.FROZEN
+        self._round = Round(pages_dirty=bitmap.count(self._ram.to_send), log_voided=voided)
+        self.result.rounds.append(self._round)
+        if self.hints is not None:
+            self.hints.sink = None
+            self.hints.done()
+        if self.observer is not None:
+            self.observer.frozen()
+        self._ram.rewind()
+        yield from self._pass(limited=False)
+        self._round.seconds = self._round.frozen_seconds = self._now - since
+
+    def _hand_over(self) -> Generator[float, None, None]:
+        self.phase = Phase.HANDOVER
+        self._queue(self._writer.json(Kind.STATE, self._state()))
+        pages = self.result.pages()
+        self._queue(self._writer.json(Kind.END, {"pages": pages["normal"], "zero_pages": pages["zero"]}))
+        yield from self._drain()
+        if self.output.two_way:
+            deadline = self._now + ANSWER_TIMEOUT
+            while True:
+                record = self.output.answer()
+                if record is None:
+                    if self._now > deadline:
+                        raise StreamError(f"the destination did not confirm within {ANSWER_TIMEOUT:g} s")
+                    yield self._now + 0.05
+                    continue
+                if record.kind is Kind.REFUSED:
+                    raise StreamError(f"the destination refused: {record.json().get('why')}")
+                self.answers.append(record)
+                if record.kind is Kind.READY:
+                    break
+        if self.hand_over:
+            # From the moment these bytes may have left, the guest is no longer ours.
+            self.phase = Phase.COMMITTED
+            self._queue(self._writer.commit())
+            yield from self._drain()
+        self.output.finish()
+
+    # -- parts ----------------------------------------------------------------------------------------------------
+
+    def _freeze(self) -> None:
+        self._frozen_at = self._now
+        self.guest.freeze()
+        self.frozen = True
+
+    def _thaw(self) -> None:
+        self.guest.thaw()
+        self.frozen = False
+
+    def _serve_hints(self) -> None:
+        if self.hints is not None and self._run is not None:
+            self.hints.serve()
+            if not self.hints.running:
+                self._end_run()
+
+    def _end_run(self) -> None:
+        if self._run is not None:
+            self._run.seconds = self._now - self._run_since
+            self._run = None
+
+    def _hint(self, command_id: int, addr: U64, length: U64) -> None:
+        """A hint of the current run: it clears bits of the migration bitmap, and nothing else."""
+        if self._run is None or command_id != self._run.command_id or self._ram is None:
+            return
+        spared = self._ram.hint(addr, length)
+        self._round.pages_skipped += spared
+        self._run.blocks += len(addr)
+        self._run.bytes += int(length.sum())
+        self._run.pages_spared += spared
+
+    def _sync(self) -> tuple[int, str | None]:
+        """Fetch and clear the dirty log into the migration bitmap."""
+        assert self._ram is not None
+        dirty = bitmap.empty(self.memory.page_span)
+        voided = None
+        try:
+            self.log.sync(dirty)
+        except DirtyLogVoid as reason:
+            voided = str(reason)
+        self._ram.refresh_holes()
+        left = self._ram.merge_dirty(dirty)
+        if voided is not None:
+            left += self._ram.void_hints()
+        return left, voided
+
+    def _fits_downtime(self) -> float:
+        """Bytes that can be sent within the downtime limit, at the rate of this migration so far."""
+        seconds = sum(r.seconds for r in self.result.rounds)
+        rate = self.result.bytes_sent / seconds if seconds > 0 else 0.0
+        if self.limits.bandwidth:
+            # A round with little to send says little about the link.
+            rate = self.limits.bandwidth if self.result.bytes_sent < 4 << 20 else min(rate, self.limits.bandwidth)
+        return max(rate, 1 << 20) * self.limits.downtime
+
+    def _queue(self, buffers: Sequence[bytes | memoryview]) -> None:
+        size = sum(len(b) for b in buffers)
+        self.output.send(buffers)
+        self._round.bytes_sent += size
+        self.result.bytes_sent += size
+        if self.limits.bandwidth:
+            # At most 50 ms of unused bandwidth is made up for.
+            self._next_send = max(self._next_send, self._now - 0.05) + size / self.limits.bandwidth
+
+    def _drain(self) -> Generator[float, None, None]:
+        """Wait until everything is out, serving hints meanwhile."""
+        while not self.output.flush():
+            self._serve_hints()
+            yield self._now + 0.01
+        yield self._now

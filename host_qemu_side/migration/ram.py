@@ -1,0 +1,143 @@
+"""What is left to send of a guest's RAM: the migration bitmap, the holes, and what hints let us skip."""
+
+from __future__ import annotations
+
+import errno
+import os
+
+import numpy as np
+import numpy.typing as npt
+
+from host_qemu_side.migration.stream import MAX_PAGES
+from vring import bitmap
+from vring._vring import ffi, lib
+from vring.bitmap import Bitmap
+from vring.memory import PAGE_SHIFT, PAGE_SIZE, GuestMemory
+
+__all__ = ["RamState", "populated"]
+
+MAX_ZEROS = 1 << 16
+
+
+def populated(memory: GuestMemory) -> Bitmap:
+    """Return the pages that have memory behind them, by walking SEEK_DATA; nothing is read, so nothing is allocated.
+
+    Regions without a descriptor (an emulator's own buffers) count as populated throughout.
+    """
+    present = bitmap.empty(memory.page_span)
+    for region in memory.regions:
+        if region.fd < 0:
+            bitmap.set_run(present, region.gpa >> PAGE_SHIFT, region.size >> PAGE_SHIFT)
+            continue
+        at, end = region.offset, region.offset + region.size
+        while at < end:
+            try:
+                data = os.lseek(region.fd, at, os.SEEK_DATA)
+            except OSError as error:
+                if error.errno == errno.ENXIO:  # only a hole up to the end of the file
+                    break
+                raise
+            if data >= end:
+                break
+            hole = min(os.lseek(region.fd, data, os.SEEK_HOLE), end)
+            first = (data - region.offset + region.gpa) >> PAGE_SHIFT
+            last = (hole - region.offset + region.gpa + PAGE_SIZE - 1) >> PAGE_SHIFT
+            bitmap.set_run(present, first, last - first)
+            at = hole
+    return present
+
+
+class RamState:
+    """The sender's view of RAM.
+
+    Parameters
+    ----------
+    memory
+        The guest's memory, read through this process's mapping.
+    """
+
+    def __init__(self, memory: GuestMemory) -> None:
+        self.memory = memory
+        self.present = populated(memory)
+        self.to_send: Bitmap = self.present.copy()
+        """The migration bitmap. Holes need not be sent at first: the destination starts out as zeros."""
+        self.skipped: Bitmap = bitmap.empty(memory.page_span)
+        """Pages that a hint took out of the bitmap and that were not written since."""
+        self.pages_total = memory.size >> PAGE_SHIFT
+        self.holes = self.pages_total - bitmap.count(self.present)
+        self._region = 0
+        self._cursor = memory.regions[0].gpa >> PAGE_SHIFT
+        self._data: npt.NDArray[np.uint8] = np.empty(MAX_PAGES * PAGE_SIZE, np.uint8)
+        self._pages: npt.NDArray[np.uint64] = np.empty(MAX_PAGES, np.uint64)
+        self._zeros: npt.NDArray[np.uint64] = np.empty(MAX_ZEROS, np.uint64)
+        self._out = ffi.new("struct dirty_take *")
+        self._at = ffi.new("uint64_t *")
+
+    def rewind(self) -> None:
+        """Begin a new pass over RAM."""
+        self._region = 0
+        self._cursor = self.memory.regions[0].gpa >> PAGE_SHIFT
+
+    def take(self, max_pages: int = MAX_PAGES) -> tuple[npt.NDArray[np.uint64], memoryview, npt.NDArray[np.uint64]] | None:
+        """Take the next pages of this pass out of the bitmap.
+
+        Returns
+        -------
+        tuple or None
+            Numbers of at most `max_pages` non-zero pages, their contents one after another, and the numbers of zero
+            pages met on the way; None when the pass is over. All three are valid until the next call.
+        """
+        while self._region < len(self.memory.regions):
+            region = self.memory.regions[self._region]
+            base, end = region.gpa >> PAGE_SHIFT, region.end >> PAGE_SHIFT
+            self._at[0] = self._cursor
+            lib.dirty_take_pages(
+                bitmap.words(self.to_send),
+                bitmap.words(self.present),
+                ffi.cast("uint8_t *", self.memory.host_address(region.gpa)),
+                base,
+                self._at,
+                end,
+                ffi.cast("uint8_t *", self._data.ctypes.data),
+                bitmap.words(self._pages),
+                min(max_pages, MAX_PAGES),
+                bitmap.words(self._zeros),
+                MAX_ZEROS,
+                self._out,
+            )
+            self._cursor = self._at[0]
+            n, z = self._out.n_pages, self._out.n_zeros
+            if self._cursor >= end:
+                self._region += 1
+                if self._region < len(self.memory.regions):
+                    self._cursor = self.memory.regions[self._region].gpa >> PAGE_SHIFT
+            if n or z:
+                return self._pages[:n], memoryview(self._data)[: n * PAGE_SIZE], self._zeros[:z]
+        return None
+
+    def hint(self, addr: npt.NDArray[np.uint64], length: npt.NDArray[np.uint64]) -> int:
+        """Take hinted blocks out of the migration bitmap (never out of the dirty log); return how many pages that spared.
+
+        A page only partly covered stays, and so does one outside RAM.
+        """
+        spared = bitmap.clear_ranges(self.to_send, addr, length)
+        bitmap.set_ranges(self.skipped, addr, length)
+        return spared
+
+    def merge_dirty(self, dirty: Bitmap) -> int:
+        """Add what the dirty log found; return how many pages are to be sent now."""
+        self.to_send |= dirty
+        self.skipped &= ~dirty
+        return bitmap.count(self.to_send)
+
+    def void_hints(self) -> int:
+        """Put every page that was skipped back into the bitmap; return how many."""
+        self.skipped &= self.present
+        voided = bitmap.count(self.skipped & ~self.to_send)
+        self.to_send |= self.skipped
+        self.skipped[:] = 0
+        return voided
+
+    def refresh_holes(self) -> None:
+        """Look again where there is memory; before pages written meanwhile are taken."""
+        self.present = populated(self.memory)

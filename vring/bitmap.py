@@ -1,0 +1,126 @@
+"""Page bitmaps as numpy arrays over the C functions of ``csrc/dirty``.
+
+A bitmap is an array of uint64, bit ``p % 64`` of word ``p // 64`` stands for page ``p``.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from vring._vring import ffi, lib
+
+__all__ = [
+    "Bitmap",
+    "clear_ranges",
+    "clear_run",
+    "count",
+    "digest_pages",
+    "empty",
+    "pages_of",
+    "runs",
+    "set_ranges",
+    "set_run",
+    "to_bools",
+]
+
+Bitmap = npt.NDArray[np.uint64]
+_RUNS = 4096
+
+
+def words(array: npt.NDArray[np.uint64]) -> Any:
+    """Return the C pointer ``uint64_t *`` of a contiguous uint64 array."""
+    return ffi.cast("uint64_t *", array.ctypes.data)
+
+
+def empty(pages: int) -> Bitmap:
+    """Return a bitmap with room for `pages` pages, none set."""
+    return np.zeros((pages + 63) // 64, dtype=np.uint64)
+
+
+def count(bitmap: Bitmap) -> int:
+    """Return how many pages are set."""
+    return int(lib.dirty_count(words(bitmap), 0, bitmap.size * 64))
+
+
+def set_run(bitmap: Bitmap, first: int, pages: int) -> None:
+    """Set pages ``[first, first + pages)``."""
+    if first < 0 or first + pages > bitmap.size * 64:
+        raise IndexError(f"pages {first}..{first + pages} are outside a bitmap of {bitmap.size * 64}")
+    lib.dirty_set(words(bitmap), first, pages)
+
+
+def clear_run(bitmap: Bitmap, first: int, pages: int) -> int:
+    """Clear pages ``[first, first + pages)``; return how many were set."""
+    if first < 0 or first + pages > bitmap.size * 64:
+        raise IndexError(f"pages {first}..{first + pages} are outside a bitmap of {bitmap.size * 64}")
+    return int(lib.dirty_clear(words(bitmap), first, pages))
+
+
+def clear_ranges(bitmap: Bitmap, addr: npt.NDArray[np.uint64], length: npt.NDArray[np.uint64]) -> int:
+    """Clear the pages wholly inside the byte ranges ``addr[i], length[i]``; return how many were set.
+
+    A page that a range covers only in part keeps its bit; what lies outside the bitmap is left alone.
+    """
+    a, n = np.ascontiguousarray(addr, dtype=np.uint64), np.ascontiguousarray(length, dtype=np.uint64)
+    return int(lib.dirty_clear_ranges(words(bitmap), bitmap.size * 64, words(a), words(n), a.size))
+
+
+def set_ranges(bitmap: Bitmap, addr: npt.NDArray[np.uint64], length: npt.NDArray[np.uint64]) -> None:
+    """Set the pages wholly inside the byte ranges ``addr[i], length[i]``; what lies outside the bitmap is left alone."""
+    a, n = np.ascontiguousarray(addr, dtype=np.uint64), np.ascontiguousarray(length, dtype=np.uint64)
+    lib.dirty_set_ranges(words(bitmap), bitmap.size * 64, words(a), words(n), a.size)
+
+
+def runs(bitmap: Bitmap, first: int = 0, end: int | None = None) -> tuple[npt.NDArray[np.uint64], npt.NDArray[np.uint64]]:
+    """Return the runs of set pages in ``[first, end)`` as arrays of first pages and of lengths in pages."""
+    stop = bitmap.size * 64 if end is None else end
+    resume = ffi.new("uint64_t *")
+    starts: list[npt.NDArray[np.uint64]] = []
+    lengths: list[npt.NDArray[np.uint64]] = []
+    at = first
+    while at < stop:
+        s, n = np.empty(_RUNS, np.uint64), np.empty(_RUNS, np.uint64)
+        found = lib.dirty_runs(words(bitmap), at, stop, words(s), words(n), _RUNS, resume)
+        starts.append(s[:found])
+        lengths.append(n[:found])
+        at = resume[0]
+    if not starts:
+        return np.empty(0, np.uint64), np.empty(0, np.uint64)
+    return np.concatenate(starts), np.concatenate(lengths)
+
+
+def to_bools(bitmap: Bitmap, pages: int) -> npt.NDArray[np.bool_]:
+    """Return one bool per page for the first `pages` pages."""
+    return np.unpackbits(bitmap.view(np.uint8), bitorder="little", count=pages).astype(np.bool_)
+
+
+def pages_of(bitmap: Bitmap) -> npt.NDArray[np.int64]:
+    """Return the numbers of all set pages, ascending."""
+    return np.flatnonzero(np.unpackbits(bitmap.view(np.uint8), bitorder="little"))
+
+
+def digest_pages(
+    address: int, pages: int, out: npt.NDArray[np.uint64], present: Bitmap | None = None, first: int = 0
+) -> None:
+    """Digest `pages` pages at host address `address` into ``out[:pages]``; 0 means all zero.
+
+    Parameters
+    ----------
+    address
+        Where the first page is mapped in this process.
+    pages
+        How many pages.
+    out
+        Array of at least `pages` uint64.
+    present
+        Pages whose bit (counted from `first`) is clear are holes of a sparse file: digest 0, never read.
+    first
+        Bit of `present` for the first page.
+    """
+    if out.size < pages or out.dtype != np.uint64 or not out.flags.c_contiguous:
+        raise ValueError("out must be a contiguous uint64 array of at least `pages` items")
+    held = ffi.NULL if present is None else words(present)
+    lib.dirty_digest_pages(ffi.cast("uint8_t *", address), pages, held, first, words(out))

@@ -1,0 +1,74 @@
+"""What a device type implements to sit behind any transport of this project (vhost-user, virtio-mmio).
+
+A device is a core without I/O: the transport calls it and looks at what came of it. It knows no sockets, descriptors,
+threads or clocks, so a test can choose the order of every step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from vring.memory import GuestMemory
+from vring.split import DeviceQueue
+
+__all__ = ["Device"]
+
+
+class Device(Protocol):
+    """A virtio device type.
+
+    The transport calls `set_memory` and `set_features` before `attach_queue`, and `process` whenever a queue was
+    kicked. After any call it asks `take_config_change` and `take_calls` and notifies the driver accordingly.
+    """
+
+    device_id: int
+    """Virtio device type, e.g. 5 for the traditional memory balloon."""
+
+    @property
+    def offered_features(self) -> int:
+        """Device-type and ring feature bits the device offers."""
+
+    @property
+    def queue_sizes(self) -> Sequence[int]:
+        """Largest size of each queue, by queue number; the number of queues is its length."""
+
+    @property
+    def config_generation(self) -> int:
+        """Changes whenever the config space changed by the device's own doing."""
+
+    def set_memory(self, memory: GuestMemory | None) -> None:
+        """Take the guest's memory; any queue attached before is invalid from now on."""
+
+    def set_features(self, features: int) -> bool:
+        """Take the driver's choice; False leaves FEATURES_OK clear and changes nothing."""
+
+    def read_config(self, offset: int, length: int) -> bytes:
+        """Return `length` bytes of the config space; bytes past its end read as 0."""
+
+    def write_config(self, offset: int, data: bytes) -> None:
+        """Store what the driver may write; the rest is ignored."""
+
+    def attach_queue(self, index: int, queue: DeviceQueue) -> None:
+        """Make a queue live."""
+
+    def detach_queue(self, index: int) -> None:
+        """Stop using a queue."""
+
+    def process(self, index: int) -> int:
+        """Serve what is available on a queue, at most one batch; return how many buffers that was.
+
+        Raises
+        ------
+        DriverError
+            If the ring cannot be trusted any more: the queue is broken until reset.
+        """
+
+    def take_config_change(self) -> bool:
+        """Whether a config change notification is due; asking clears it."""
+
+    def take_calls(self) -> Sequence[int]:
+        """Numbers of the queues whose driver is to be notified of used buffers; asking clears them."""
+
+    def reset(self) -> None:
+        """Go back to the state before initialisation."""

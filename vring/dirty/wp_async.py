@@ -1,0 +1,143 @@
+"""Dirty log by userfaultfd WP_ASYNC and PAGEMAP_SCAN (Linux 6.7): the kernel notes each first write to a page.
+
+The process that owns the mapping registers it (`WriteProtection`); whoever migrates it scans its pagemap
+(`WpAsyncDirtyLog`). Covers stores of that process through that mapping, also those the kernel makes for it (`read`,
+`recv`). Not seen: a second mapping, another process, a forked child; the mapping is therefore MADV_DONTFORK and what
+a device writes goes into a `vring.dirty.software.SoftwareDirtyLog` beside it.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from vring import bitmap
+from vring._vring import lib
+from vring.bitmap import Bitmap
+from vring.errors import MissingFacility
+from vring.memory import PAGE_SHIFT, GuestMemory
+
+__all__ = ["TrackedRange", "WpAsyncDirtyLog", "WriteProtection", "probe"]
+
+_NEEDS = "it needs Linux 6.7 or newer with CONFIG_USERFAULTFD and CONFIG_PTE_MARKER_UFFD_WP"
+
+
+@dataclass(frozen=True, slots=True)
+class TrackedRange:
+    """Where a region of guest memory is mapped in the tracked process."""
+
+    gpa: int
+    """First guest physical address, bytes."""
+    size: int
+    """Bytes."""
+    address: int
+    """Start of the mapping in the tracked process."""
+
+
+class WriteProtection:
+    """Registers this process's mapping of guest memory for asynchronous write protection.
+
+    The descriptor stays open as long as this object: closing it ends the tracking, so `close` only when nobody scans.
+
+    Raises
+    ------
+    MissingFacility
+        If the kernel cannot do it; the message says what it needs.
+    """
+
+    def __init__(self, memory: GuestMemory) -> None:
+        self._fd = lib.dirty_uffd_open()
+        if self._fd < 0:
+            raise MissingFacility(f"dirty log wp-async: userfaultfd WP_ASYNC: {os.strerror(-self._fd)}; {_NEEDS}")
+        self.ranges = []
+        for region in memory.regions:
+            address = memory.host_address(region.gpa, region.size)
+            error = lib.dirty_uffd_register(self._fd, address, region.size)
+            if error:
+                self.close()
+                raise MissingFacility(f"dirty log wp-async: cannot register guest memory: {os.strerror(-error)}; {_NEEDS}")
+            self.ranges.append(TrackedRange(region.gpa, region.size, address))
+
+    def close(self) -> None:
+        """End the tracking."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+
+class WpAsyncDirtyLog:
+    """Pages that a process wrote in its registered mapping of guest memory.
+
+    Parameters
+    ----------
+    pid
+        The process that made a `WriteProtection`; its pagemap must be readable (same user).
+    ranges
+        Its mappings.
+    pages
+        Length of the bitmaps given to `sync`.
+    """
+
+    name = "wp-async"
+    needs_frozen_guest = False
+
+    def __init__(self, pid: int, ranges: Sequence[TrackedRange], pages: int) -> None:
+        self.pages = pages
+        self._ranges = list(ranges)
+        for r in self._ranges:
+            if r.gpa < 0 or (r.gpa + r.size) >> PAGE_SHIFT > pages:
+                raise MissingFacility(f"dirty log wp-async: process {pid} tracks {r.gpa:#x}+{r.size:#x}, outside guest memory")
+        try:
+            self._pagemap = os.open(f"/proc/{pid}/pagemap", os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as error:
+            raise MissingFacility(f"dirty log wp-async: cannot open the pagemap of process {pid}: {error.strerror}") from error
+
+    def start(self) -> None:
+        """Forget what was written so far (the first scan also reports pages that were never populated)."""
+        self.sync(bitmap.empty(self.pages))
+
+    def sync(self, into: Bitmap) -> int:
+        """Or the pages written since the last sync into `into` and re-protect them, in one step per page."""
+        written = 0
+        for r in self._ranges:
+            n = lib.dirty_pagemap_scan(self._pagemap, r.address, r.size, r.gpa >> PAGE_SHIFT, bitmap.words(into))
+            if n < 0:
+                raise MissingFacility(f"dirty log wp-async: PAGEMAP_SCAN: {os.strerror(-n)} (is the process gone?); {_NEEDS}")
+            written += n
+        return written
+
+    def stop(self) -> None:
+        """Close the pagemap."""
+        if self._pagemap >= 0:
+            os.close(self._pagemap)
+            self._pagemap = -1
+
+
+def probe() -> None:
+    """Try the log on a small mapping of this process, with a rewrite of the same content.
+
+    Raises
+    ------
+    MissingFacility
+        If it does not work here; the message says why.
+    """
+    with GuestMemory.create(16 * mmap.PAGESIZE, name="wp-async-probe") as memory:
+        memory.write(0, b"\x01" * memory.size)
+        protection = WriteProtection(memory)
+        log = WpAsyncDirtyLog(os.getpid(), protection.ranges, memory.page_span)
+        try:
+            log.start()
+            memory.write(5 << PAGE_SHIFT, b"\x01")
+            seen = bitmap.empty(memory.page_span)
+            log.sync(seen)
+            again = bitmap.empty(memory.page_span)
+            log.sync(again)
+            if bitmap.pages_of(seen).tolist() != [5] or bitmap.count(again):
+                found = bitmap.pages_of(seen).tolist()
+                raise MissingFacility(f"dirty log wp-async: page 5 was written, the scan reports {found}; {_NEEDS}")
+        finally:
+            log.stop()
+            protection.close()
+
