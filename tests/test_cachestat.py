@@ -14,8 +14,9 @@ from types import SimpleNamespace
 import numpy as np
 import numpy.typing as npt
 import pytest
-
 from vring._vring import lib
+
+from vring.bitmap import words
 from vring.dirty import DirtyLogVoid
 from vring.dirty.cachestat import CachestatLog
 from vring.errors import MissingFacility, UsageError
@@ -291,6 +292,17 @@ def test_two_regions_of_one_file(tmp_path: Path) -> None:
 
 
 # -- refusals ---------------------------------------------------------------------------------------------------------
+
+
+def test_prepare_leaves_start_little_to_write(ram: tuple[GuestMemory, Writer]) -> None:
+    memory, write = ram
+    log = CachestatLog(memory)
+    write(*range(1, PAGES))
+    log.prepare()
+    into = bitmap(memory)
+    assert lib.dirty_cachestat_scan(memory.regions[0].fd, 0, PAGES * PAGE_SIZE, FIRST, words(into)) < PAGES // 10
+    with pytest.raises(UsageError, match="not started"):
+        log.sync(into)
 
 
 def test_tmpfs_is_refused_by_the_probe() -> None:

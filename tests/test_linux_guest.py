@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import itertools
 import os
 import signal
@@ -15,9 +16,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from balloon_dev.device import BalloonDevice
+from balloon_dev.profiles import LINUX
 from host_qemu_side.linux_guest import LinuxGuest, initramfs, tags
 from host_qemu_side.linux_guest.console import Console
 from host_qemu_side.linux_guest.mconsole import Request
+from host_qemu_side.loop import Loop
+from host_qemu_side.vhost_user import VhostUserBackend
 from vring.dirty import DirtyLogVoid
 from vring.dirty.cachestat import CachestatLog
 from vring.errors import MissingFacility, PeerVanished, UsageError
@@ -213,6 +218,44 @@ def test_freeze_and_thaw(guest: LinuxGuest) -> None:
     guest.run("killall guest_tool")
 
 
+@pytest.fixture
+def with_device(tmp_path: Path, cache: Path) -> Iterator[tuple[LinuxGuest, BalloonDevice, Loop]]:
+    loop = Loop()
+    profile = dataclasses.replace(LINUX, queue_sizes=(256,) * 5)
+    device = BalloonDevice(profile=profile)
+    backend = VhostUserBackend(device, loop)
+    try:
+        guest = LinuxGuest(128 * MIB, tmp_path / "work", tmp_path / "s", cache=cache)
+    except MissingFacility as missing:
+        pytest.skip(str(missing))
+    backend.listen(str(tmp_path / "s"))
+    with guest:
+        guest.wait_ready(serve=loop.run_once)
+        yield guest, device, loop
+    backend.close()
+    loop.close()
+
+
+@uml
+@pytest.mark.parametrize("again", [True, False], ids=["frozen at the second try", "given up"])
+def test_freezing_waits_until_the_device_has_answered(
+    with_device: tuple[LinuxGuest, BalloonDevice, Loop], again: bool
+) -> None:
+    guest, device, loop = with_device
+    with pytest.raises(PeerVanished, match="insmod"):
+        guest.run("insmod /lib/virtio_balloon.ko", timeout=0.3)  # nobody answers the driver's first request
+    with pytest.raises(PeerVanished, match=r"'stop' in 0\.3 s"):
+        guest.freeze(timeout=0.3)
+    assert not guest.frozen
+    if again:
+        guest.freeze(serve=loop.run_once)
+        assert guest.alive(serve=loop.run_once)
+        guest.thaw(serve=loop.run_once)
+    assert "virtio_balloon" in guest.run("lsmod", serve=loop.run_once).output
+    assert device.negotiated
+    guest.unload_balloon(serve=loop.run_once)
+
+
 @uml
 def test_churn_fills_and_frees(guest: LinuxGuest) -> None:
     found = guest.tool("churn --keep 10 --extent 8M --seed 3")
@@ -328,6 +371,7 @@ def test_a_panic_is_told_with_the_guests_last_words(fresh: LinuxGuest) -> None:
 def test_without_its_keeper_kill_still_ends_the_helpers(fresh: LinuxGuest) -> None:
     pids = fresh.processes()
     os.kill(pids[0], signal.SIGKILL)
+    assert gone(pids[:2])
     assert not fresh.alive()
     fresh.kill()
     assert gone(pids)
@@ -338,6 +382,8 @@ HOST = """
 import os, signal, sys, time
 from pathlib import Path
 sys.path[:0] = sys.argv[3:]
+from balloon_dev.device import BalloonDevice
+from balloon_dev.profiles import LINUX
 from host_qemu_side.linux_guest import LinuxGuest
 guest = LinuxGuest(128 << 20, sys.argv[1], cache=Path(sys.argv[2]))
 guest.start()

@@ -102,6 +102,7 @@ class LinuxGuest:
         self._known: set[int] = set()
         self._folders: list[Path] = []
         self._umid = Path()
+        self._late_stop: Request | None = None
 
     # -- starting ---------------------------------------------------------------------------------------------------
 
@@ -189,11 +190,18 @@ class LinuxGuest:
             found.append(self._console.fileno())
         if self._control is not None:
             found.append(self._control.fileno())
+        if self._late_stop is not None:
+            found.append(self._late_stop.fileno())
         return found
 
     def pump(self) -> bool:
         """Do what is due without waiting; return whether anything happened."""
         moved = self._console is not None and not self._console.closed and self._console.pump()
+        if self._late_stop is not None and self._late_stop.poll() is not None:
+            self._late_stop.close()
+            self._late_stop = None
+            with contextlib.suppress(PeerVanished):
+                Request(self._umid / "mconsole", "go").close()
         if self._control is not None:
             try:
                 data = self._control.recv(4096)
@@ -325,11 +333,22 @@ class LinuxGuest:
         Raises
         ------
         PeerVanished
-            If the guest is gone or does not stop in time; it may then still stop later, and `thaw` is in order.
+            If the guest is gone or does not stop in time. Should it still come to stop, `pump` lets it go on.
         """
         if self.frozen:
             return
-        done, words = self._ask("stop", timeout, serve)
+        doing = "management command 'stop'"
+        self._check(doing)
+        # There is never more than one "stop" under way: the guest answers "go" at once and "stop" when it gets to
+        # it, the latest first, so a second one would freeze it for good.
+        request = self._late_stop or Request(self._umid / "mconsole", "stop")
+        self._late_stop = None
+        try:
+            done, words = self._wait(request.poll, timeout, serve, doing, (request.fileno(),))
+        except PeerVanished:
+            self._late_stop = request
+            raise
+        request.close()
         if not done and words != "Already stopped":
             raise PeerVanished(f"the Linux guest refuses to stop: {words}")
         self.frozen = True
@@ -413,6 +432,9 @@ class LinuxGuest:
             for folder in self._folders:
                 shutil.rmtree(folder, ignore_errors=True)
         self._known.clear()
+        if self._late_stop is not None:
+            self._late_stop.close()
+            self._late_stop = None
         if self._console is not None and not self._console.closed:
             self._console.pump()
         if self._console is not None:

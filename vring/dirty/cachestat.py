@@ -104,7 +104,23 @@ class CachestatLog:
         self.last_round: CachestatRound | None = None
         """What the last sync saw."""
 
-    # -- the protocol -------------------------------------------------------------------------------------------------
+    def prepare(self) -> None:
+        """Write memory back while the guest still runs, so that `start` has less to write while it is frozen.
+
+        Optional; nothing is tracked yet.
+
+        Raises
+        ------
+        MissingFacility
+            As `start`, for what can be seen without writing to memory.
+        OSError
+            If the file cannot be written back.
+        """
+        self._check_files()
+        for region in self._memory.regions:
+            _check(lib.dirty_file_clean(region.fd, region.offset, region.size))
+
+    # -- the protocol ----------------------------------------------------------------------------------------------
 
     def start(self) -> None:
         """Begin to track; the guest must be frozen. May write all of its memory to disk.
@@ -115,13 +131,7 @@ class CachestatLog:
             If the kernel lacks ``cachestat``, the memory is in no file, the file system does not count dirty pages or
             does not protect clean ones, or the disk has no room for the rest of a sparse file.
         """
-        for region in self._memory.regions:
-            if region.fd < 0:
-                raise MissingFacility(
-                    "the cachestat log needs guest memory that is a file, this is an anonymous buffer"
-                )
-            if not self._room(region.fd):
-                raise MissingFacility(self._no_room(region.fd))
+        self._check_files()
         for i in range(len(self._memory.regions)):
             self._probe(i)
         self._digest = self._digests(self._present())
@@ -236,6 +246,15 @@ class CachestatLog:
         self._hinted[pages] = False
 
     # -- parts --------------------------------------------------------------------------------------------------------
+
+    def _check_files(self) -> None:
+        for region in self._memory.regions:
+            if region.fd < 0:
+                raise MissingFacility(
+                    "the cachestat log needs guest memory that is a file, this is an anonymous buffer"
+                )
+            if not self._room(region.fd):
+                raise MissingFacility(self._no_room(region.fd))
 
     def _room(self, fd: int) -> bool:
         volume, file = os.fstatvfs(fd), os.fstat(fd)
