@@ -47,6 +47,7 @@ Shrinker = Callable[[int], int]
 OomNotifier = Callable[[], int]
 """``notifier() -> pages freed``."""
 
+_ATOMIC: int = lib.PA_ATOMIC
 _RECLAIM_ROUNDS = 16
 
 
@@ -166,7 +167,7 @@ class MemoryManager(Zone):
         AllocatorError
             If the state in RAM is damaged.
         """
-        got: int = lib.pa_alloc(self._view, order, flags & lib.PA_ATOMIC, owner, tag)
+        got: int = lib.pa_alloc(self._view, order, int(flags) & _ATOMIC, owner, tag)  # int: an IntFlag costs 0.8 us
         if got >= 0:
             return got
         if not self._is_short(got, order, owner, tag) or flags:
@@ -227,8 +228,9 @@ class MemoryManager(Zone):
         if not len(out):
             return 0, False
         pointer = ffi.from_buffer("uint64_t[]", out)
-        flags &= lib.PA_ATOMIC
-        got: int = lib.pa_alloc_bulk(self._view, order, len(out), flags, owner, tag, pointer, self._error)
+        got: int = lib.pa_alloc_bulk(
+            self._view, order, len(out), int(flags) & _ATOMIC, owner, tag, pointer, self._error
+        )
         if got == len(out):
             return got, False
         return max(got, 0), self._is_short(got if got < 0 else self._error[0], order, owner, tag)

@@ -27,6 +27,7 @@ Pfns = npt.NDArray[np.uint64]
 """Page numbers, guest address divided by 4096."""
 
 _ANY: int = lib.PA_ANY
+_PIECE = 1 << 16
 _TEXT = {
     lib.PA_ENOMEM: "no free block of this order",
     lib.PA_EWATERMARK: "only memory below the watermark is left",
@@ -281,9 +282,11 @@ class Zone:
 
     def owned(self, owner: int | None = None, tag: int | None = None) -> tuple[Pfns, npt.NDArray[np.uint8]]:
         """Return page number and order of every allocated block of an owner (and tag), ascending."""
-        room = self.end_pfn - self.base_pfn
-        pfns, orders, _ = self.owned_from(self.base_pfn, owner, tag, limit=room, scan=room)
-        return pfns, orders
+        pieces, at = [], 0
+        while at < self.end_pfn:
+            pfns, orders, at = self.owned_from(at, owner, tag, limit=_PIECE, scan=_PIECE)
+            pieces.append((pfns, orders))
+        return np.concatenate([piece[0] for piece in pieces]), np.concatenate([piece[1] for piece in pieces])
 
     def owned_from(
         self, start: int, owner: int | None = None, tag: int | None = None, *, limit: int = 1024, scan: int = 4096

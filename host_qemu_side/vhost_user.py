@@ -57,9 +57,18 @@ class VhostUserBackend:
     on_disconnect
         Called with the reason when the front end is gone. The device has been reset by then, and a new front end may
         connect if there is a listener.
+    on_memory
+        Called when the device has got its memory and no queue runs yet: the moment to load saved device state.
     """
 
-    def __init__(self, device: Device, loop: Loop, *, on_disconnect: Callable[[str], None] | None = None) -> None:
+    def __init__(
+        self,
+        device: Device,
+        loop: Loop,
+        *,
+        on_disconnect: Callable[[str], None] | None = None,
+        on_memory: Callable[[], None] | None = None,
+    ) -> None:
         self.device = device
         self.loop = loop
         self.memory: GuestMemory | None = None
@@ -68,6 +77,7 @@ class VhostUserBackend:
         self.held = False
         self.last_error: str | None = None
         self._on_disconnect = on_disconnect
+        self._on_memory = on_memory
         self._listener: socket.socket | None = None
         self._path: str | None = None
         self._socket: socket.socket | None = None
@@ -266,6 +276,8 @@ class VhostUserBackend:
         for index in range(len(self._rings)):
             self._stop_ring(index)
         self.device.set_memory(memory)
+        if self._on_memory is not None:
+            self._on_memory()
         if old is not None:
             old.close()
         for index in range(len(self._rings)):

@@ -15,7 +15,7 @@ from vring.memory import PAGE_SIZE, GuestMemory
 MIB = 1 << 20
 
 
-@pytest.fixture()
+@pytest.fixture
 def manager():
     with GuestMemory.create(32 * MIB) as memory:
         yield MemoryManager.create(memory, seed=5)

@@ -86,7 +86,9 @@ class DeviceQueue:
         self._held = ffi.new("struct vq_device_head[]", room)
         self._check(lib.vq_device_init(self._q, memory.c_table, ring, base, self._held))
         self._chains, self.chains = permanent_array("struct vq_chain", room, CHAIN)
-        self._segs, self.segs = permanent_array("struct vq_seg", room, SEG)
+        # A chain has up to `size` segments; indirect ones together more than the table has descriptors.
+        room_segs = max(room, min(4 * room, MAX_SIZE)) if indirect else room
+        self._segs, self.segs = permanent_array("struct vq_seg", room_segs, SEG)
         self._heads, self.heads = permanent_array("uint32_t", room, np.uint32)
         self._lens, self.lens = permanent_array("uint32_t", room, np.uint32)
         self._io = ffi.new("struct vq_device_io *")
@@ -96,7 +98,7 @@ class DeviceQueue:
             self._heads,
             self._lens,
         )
-        self._io.max_chains = self._io.max_segs = room
+        self._io.max_chains, self._io.max_segs = room, room_segs
         results = Results(self._io, "n_chains", "n_segs", "notify")
         self._words, (self._chains_at, self._segs_at, self._notify_at) = results.words, results.at
 
@@ -131,7 +133,8 @@ class DeviceQueue:
         Parameters
         ----------
         maximum
-            At most so many; None: the queue size.
+            At most so many; None: the queue size. Indirect buffers may be fewer per call than are pending, where
+            their segments fill the array; 0 always means that none is.
         spins
             Poll the avail ring up to so many times while it is empty.
 

@@ -51,16 +51,18 @@ int pa_journal_use(struct pa_view *view, uint8_t *base, uint64_t bytes)
     if (base == NULL)
         return 0;
     const struct pa_journal *journal = (const struct pa_journal *)(const void *)base;
-    if (bytes < PA_JOURNAL_HEADER || journal->magic != PA_JOURNAL_MAGIC ||
-        journal->version != PA_JOURNAL_VERSION || journal->header_bytes != PA_JOURNAL_HEADER ||
-        journal->pages > (bytes - PA_JOURNAL_HEADER) / 8)
+    if (bytes < PA_JOURNAL_HEADER)
+        return PA_EJOURNAL;
+    uint64_t pages = journal->pages; /* shared memory: read once */
+    if (journal->magic != PA_JOURNAL_MAGIC || journal->version != PA_JOURNAL_VERSION ||
+        journal->header_bytes != PA_JOURNAL_HEADER || pages > (bytes - PA_JOURNAL_HEADER) / 8)
         return PA_EJOURNAL;
     for (uint32_t i = 0; i < view->region_count; i++) {
-        if (view->region[i].end_pfn > journal->pages)
+        if (view->region[i].end_pfn > pages)
             return PA_EJOURNAL;
     }
     view->journal = base;
-    view->journal_pages = journal->pages;
+    view->journal_pages = pages;
     return 0;
 }
 

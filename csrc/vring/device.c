@@ -58,6 +58,10 @@ int vq_device_rebind(struct vq_device *q, const struct vq_memory *mem)
 
 /* ---- taking buffers ---- */
 
+/* Flags as they lie in the second word of a descriptor, and of a segment. */
+#define FOLLOWED ((uint64_t)(VRING_DESC_F_NEXT | VRING_DESC_F_INDIRECT) << 32)
+#define WRITTEN  ((uint64_t)VRING_DESC_F_WRITE << 32)
+
 static int bad(struct vq_device *q, int code, uint32_t desc, uint64_t addr)
 {
     q->bad_desc = desc;
@@ -195,12 +199,28 @@ static int fetch_avail(struct vq_device *q)
     return ready;
 }
 
+/* Take the buffer of one head, already inside the table. Returns 0, an error of the driver, or VQ_ESEGS. */
+static int take_chain(struct vq_device *q, uint32_t head, const struct vring_desc *d, struct vq_chain *chain,
+                      struct vq_seg *segs, uint32_t room)
+{
+    chain->n_segs = chain->n_readable = 0;
+    chain->readable = chain->writable = 0;
+    if (q->heads[head].held)
+        return bad(q, VQ_EINUSE, head, head);
+    return walk_chain(q, *d, chain, segs, room);
+}
+
 int vq_device_pop(struct vq_device *q, struct vq_chain *chains, uint32_t max_chains, struct vq_seg *segs,
                   uint32_t max_segs)
 {
     const uint32_t mask = q->size - 1;
+    const uint16_t *ring = q->avail + WORD_AVAIL_RING;
+    const struct vring_desc *table = q->desc;
+    struct vq_device_head *heads = q->heads;
+    uint64_t region_gpa, region_size;
     uint32_t n = 0, used_segs = 0;
-    int ready;
+    uint16_t at = q->avail_next;
+    int ready, err = 0;
 
     if (q->error)
         return VQ_EBROKEN;
@@ -208,7 +228,7 @@ int vq_device_pop(struct vq_device *q, struct vq_chain *chains, uint32_t max_cha
         return q->error = q->pending;
     if (max_chains == 0)
         return 0;
-    ready = (uint16_t)(q->avail_seen - q->avail_next);
+    ready = (uint16_t)(q->avail_seen - at);
     if ((uint32_t)ready < max_chains) { /* what was seen last time does not do: look at the shared line */
         ready = fetch_avail(q);
         if (ready < 0)
@@ -216,40 +236,60 @@ int vq_device_pop(struct vq_device *q, struct vq_chain *chains, uint32_t max_cha
     }
     if ((uint32_t)ready > max_chains)
         ready = (int)max_chains;
-    for (; n < (uint32_t)ready; n++) {
-        uint32_t head = load16(q->avail + WORD_AVAIL_RING + (q->avail_next & mask));
-        struct vq_device_head *h = &q->heads[head & mask];
+    region_gpa = q->mem->region[q->region].gpa;
+    region_size = q->mem->region[q->region].size;
+    for (; n < (uint32_t)ready; n++, at++) {
+        uint32_t head = load16(&ring[at & mask]), len, written;
+        struct vq_device_head *h = &heads[head & mask];
         struct vq_chain *chain = &chains[n];
-        struct vring_desc d;
-        int err;
+        uint64_t addr, rest;
 
         chain->head = head;
-        chain->n_segs = chain->n_readable = 0;
         chain->first_seg = used_segs;
-        chain->readable = chain->writable = 0;
         if (head > mask) {
             err = bad(q, VQ_EHEAD, head, head);
-        } else if (h->held) {
-            err = bad(q, VQ_EINUSE, head, head);
+            break;
+        }
+        read_words(&table[head], &addr, &rest);
+        len = (uint32_t)rest;
+        if (!h->held && used_segs < max_segs && len != 0 && addr - region_gpa < region_size &&
+            len <= region_size - (addr - region_gpa) && !(rest & FOLLOWED)) {
+            /* One segment near the one before: nearly every buffer of a balloon. The other path knows no
+             * less. */
+            struct vq_seg *seg = &segs[used_segs++];
+
+            written = rest & WRITTEN ? len : 0;
+            seg->addr = addr;
+            write_pair(&seg->len, rest & (WRITTEN | UINT32_MAX));
+            chain->n_segs = 1;
+            chain->n_readable = written == 0;
+            chain->readable = len - written;
+            chain->writable = written;
         } else {
-            d = read_desc(&q->desc[head]);
-            err = walk_chain(q, d, chain, segs + used_segs, max_segs - used_segs);
+            struct vring_desc d = desc_of(addr, rest);
+
+            err = take_chain(q, head, &d, chain, segs + used_segs, max_segs - used_segs);
+            if (err)
+                break;
+            used_segs += chain->n_segs;
+            written = chain->writable > UINT32_MAX ? UINT32_MAX : (uint32_t)chain->writable;
         }
-        if (err) {
-            if (err == VQ_ESEGS)
-                return n ? (int)n : VQ_ESEGS;
-            q->bad_index = q->avail_next;
-            if (n == 0)
-                return q->error = err;
-            q->pending = err;
-            return (int)n;
-        }
-        h->writable = chain->writable > UINT32_MAX ? UINT32_MAX : (uint32_t)chain->writable;
-        h->position = q->avail_next;
+        h->writable = written;
+        h->position = at;
         h->held = 1;
-        q->in_flight++;
-        q->avail_next++;
-        used_segs += chain->n_segs;
+    }
+    q->in_flight += n;
+    q->avail_next = at;
+    if (err == VQ_ESEGS) {
+        err = 0;
+        if (n == 0)
+            return VQ_ESEGS;
+    }
+    if (err) {
+        q->bad_index = at;
+        q->pending = err;
+        if (n == 0)
+            return q->error = err;
     }
     return (int)n;
 }
@@ -278,6 +318,8 @@ int vq_device_unpop(struct vq_device *q, const uint32_t *heads, uint32_t n)
 int vq_device_push(struct vq_device *q, const uint32_t *heads, const uint32_t *lens, uint32_t n)
 {
     const uint32_t mask = q->size - 1;
+    struct vq_device_head *held =
+        q->heads; /* a local: stores to shared memory might change *q, for the compiler */
     uint16_t *ring = q->used + WORD_USED_RING;
     uint16_t old = q->used_next, now = old;
 
@@ -287,14 +329,14 @@ int vq_device_push(struct vq_device *q, const uint32_t *heads, const uint32_t *l
         return 0;
     for (uint32_t i = 0; i < n; i++) {
         uint32_t head = heads[i], len = lens[i];
-        struct vq_device_head *h = &q->heads[head & mask];
+        struct vq_device_head *h = &held[head & mask];
         uint16_t *element = ring + 4 * (size_t)(now & mask);
 
         if (head > mask || !h->held || len > h->writable) {
             int err = head > mask || !h->held ? VQ_ENOTHELD : VQ_EINVAL;
 
             while (i--) /* the driver has seen nothing of it: the index was not moved */
-                q->heads[heads[i]].held = 1;
+                held[heads[i]].held = 1;
             return err;
         }
         h->held = 0;
@@ -318,6 +360,8 @@ int vq_device_push(struct vq_device *q, const uint32_t *heads, const uint32_t *l
 int vq_device_exchange(struct vq_device *q, struct vq_device_io *io, uint32_t n_push, uint32_t max_pop,
                        uint32_t spins)
 {
+    const struct vq_chain *chains = io->chains;
+    uint32_t *heads = io->heads;
     int n;
 
     io->n_chains = io->n_segs = io->notify = 0;
@@ -339,10 +383,9 @@ int vq_device_exchange(struct vq_device *q, struct vq_device_io *io, uint32_t n_
     }
     if (n <= 0)
         return n;
-    for (int i = 0; i < n; i++) {
-        io->heads[i] = io->chains[i].head;
-        io->lens[i] = 0;
-    }
+    for (int i = 0; i < n; i++)
+        heads[i] = chains[i].head;
+    memset(io->lens, 0, (size_t)n * sizeof(*io->lens));
     io->n_chains = (uint32_t)n;
     io->n_segs = io->chains[n - 1].first_seg + io->chains[n - 1].n_segs;
     return n;

@@ -192,38 +192,42 @@ static int seg_bad(const struct vq_seg *s)
     return (s->len == 0) | ((s->flags & ~(uint32_t)VQ_SEG_WRITE) != 0);
 }
 
-/* The common case: every buffer is one segment. */
+/* The common case: every buffer is one segment. Pointers are copied to locals because stores to shared memory
+ * might, for all the compiler knows, change *q. */
 static int add_single(struct vq_driver *q, const struct vq_seg *segs, const uint64_t *tokens, uint32_t n)
 {
     struct vq_driver_state *st = q->state;
+    struct vq_driver_head *heads = q->heads;
+    struct vring_desc *desc = q->desc;
+    const uint16_t *free_ring = q->free_ring;
     const uint32_t mask = q->mask;
     uint16_t *ring = q->avail + WORD_AVAIL_RING;
-    uint16_t free_head = st->free_head, position = st->avail_next;
-    uint32_t room = vq_driver_num_free(q);
-    int bad = 0;
+    uint32_t free_head = st->free_head, position = st->avail_next, room = vq_driver_num_free(q);
 
     if (n > room)
         n = room;
-    for (uint32_t i = 0; i < n; i++)
-        bad |= seg_bad(&segs[i]);
-    if (bad)
-        return VQ_EBADSEG;
-    for (uint32_t i = 0; i < n; i++) {
+    for (uint32_t i = 0; i < n; i++, free_head++, position++) {
         /* Oldest free descriptor first: a device that works in order then sees heads in sequence. */
-        uint16_t d = q->free_ring[free_head & mask] & mask;
-        struct vq_driver_head *h = &q->heads[d];
+        uint32_t d = free_ring[free_head & mask] & mask;
+        struct vq_driver_head *h = &heads[d];
+        uint64_t len_and_flags = read_pair(&segs[i].len);
 
-        write_desc(&q->desc[d], segs[i].addr, segs[i].len, (uint16_t)segs[i].flags, 0);
+        if (seg_bad(&segs[i])) {
+            /* Indices were not moved, so only the marks have to go. */
+            for (; i; i--)
+                heads[free_ring[--free_head & mask] & mask].count = 0;
+            return VQ_EBADSEG;
+        }
+        store64(&desc[d].addr, segs[i].addr);
+        store64(&desc[d].len, len_and_flags); /* flags are 0 or WRITE, so this is len, flags, next 0 */
         h->token = tokens[i];
         h->writable = segs[i].flags ? segs[i].len : 0;
         h->count = 1;
-        h->position = position;
-        store16(&ring[position & mask], d);
-        free_head++;
-        position++;
+        h->position = (uint16_t)position;
+        store16(&ring[position & mask], (uint16_t)d);
     }
-    st->free_head = free_head;
-    st->avail_next = position;
+    st->free_head = (uint16_t)free_head;
+    st->avail_next = (uint16_t)position;
     st->outstanding = (uint16_t)(st->outstanding + n);
     return (int)n;
 }
@@ -408,25 +412,27 @@ static void release_chain(struct vq_driver *q, uint32_t head)
 static int collect_ready(struct vq_driver *q, uint64_t *tokens, uint32_t *lens, uint32_t n)
 {
     struct vq_driver_state *st = q->state;
+    struct vq_driver_head *heads = q->heads;
+    uint16_t *free_ring = q->free_ring;
     const uint32_t mask = q->mask;
     const uint16_t *ring = q->used + WORD_USED_RING;
     const int hidden = st->avail_next != st->avail_published;
-    uint16_t at = st->used_next, free_tail = st->free_tail;
+    uint32_t at = st->used_next, free_tail = st->free_tail, i;
     int err = 0;
-    uint32_t i;
 
     for (i = 0; i < n; i++, at++) {
         const uint16_t *element = ring + 4 * (size_t)(at & mask);
-        uint32_t id = load32(element), len = load32(element + 2);
-        struct vq_driver_head *h = &q->heads[id & mask];
+        uint32_t id = load32(element), len = load32(element + 2), count;
+        struct vq_driver_head *h = &heads[id & mask];
 
-        if (id > mask || !h->count || (hidden && unpublished(q, id))) {
-            err = broken(q, VQ_EUSED_ID, at, id);
+        count = h->count;
+        if (id > mask || !count || (hidden && unpublished(q, id))) {
+            err = broken(q, VQ_EUSED_ID, at & 0xffff, id);
             break;
         }
         if (len > h->writable) {
             if (!(q->flags & VQ_F_LAX_LEN)) {
-                err = broken(q, VQ_EUSED_LEN, at, len);
+                err = broken(q, VQ_EUSED_LEN, at & 0xffff, len);
                 break;
             }
             st->cut_lens++;
@@ -434,18 +440,18 @@ static int collect_ready(struct vq_driver *q, uint64_t *tokens, uint32_t *lens, 
         }
         tokens[i] = h->token;
         lens[i] = len;
-        if (h->count == 1) {
+        if (count == 1) {
             h->count = 0;
-            q->free_ring[free_tail & mask] = (uint16_t)id;
+            free_ring[free_tail & mask] = (uint16_t)id;
             free_tail++;
         } else {
-            st->free_tail = free_tail;
+            st->free_tail = (uint16_t)free_tail;
             release_chain(q, id);
             free_tail = st->free_tail;
         }
     }
-    st->free_tail = free_tail;
-    st->used_next = at;
+    st->free_tail = (uint16_t)free_tail;
+    st->used_next = (uint16_t)at;
     st->outstanding = (uint16_t)(st->outstanding - i);
     if (err && i == 0)
         return st->error = err;

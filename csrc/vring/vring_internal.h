@@ -72,19 +72,44 @@ static inline void full_barrier(void)
 
 /* Copy one descriptor, reading each byte once. An indirect table may lie at any address, so no aligned
  * access; the empty asm keeps the compiler from going back to shared memory for what it already has. */
-static inline struct vring_desc read_desc(const void *p)
+static inline void read_words(const void *p, uint64_t *addr, uint64_t *rest)
 {
-    struct vring_desc d;
     uint64_t low, high;
 
     memcpy(&low, p, 8);
     memcpy(&high, (const uint8_t *)p + 8, 8);
     __asm__ volatile("" : "+r"(low), "+r"(high));
-    d.addr = low;
-    d.len = (uint32_t)high;
-    d.flags = (uint16_t)(high >> 32);
-    d.next = (uint16_t)(high >> 48);
+    *addr = low;
+    *rest = high;
+}
+
+static inline struct vring_desc desc_of(uint64_t addr, uint64_t rest)
+{
+    struct vring_desc d = {addr, (uint32_t)rest, (uint16_t)(rest >> 32), (uint16_t)(rest >> 48)};
+
     return d;
+}
+
+static inline struct vring_desc read_desc(const void *p)
+{
+    uint64_t addr, rest;
+
+    read_words(p, &addr, &rest);
+    return desc_of(addr, rest);
+}
+
+/* Two neighbouring 32-bit fields of private memory at once, the first in the low half. */
+static inline uint64_t read_pair(const uint32_t *p)
+{
+    uint64_t v;
+
+    memcpy(&v, p, 8);
+    return v;
+}
+
+static inline void write_pair(uint32_t *p, uint64_t v)
+{
+    memcpy(p, &v, 8);
 }
 
 static inline void write_desc(struct vring_desc *p, uint64_t addr, uint32_t len, uint16_t flags,

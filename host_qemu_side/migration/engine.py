@@ -314,6 +314,12 @@ class Migration:
         """Give up at the next step. Without effect once the guest was handed over."""
         self._cancel = why
 
+    def abort(self, error: BaseException) -> None:
+        """End it because of something that happened outside, such as a guest that died; no exception is raised."""
+        if self._script is not None:
+            self._script = None
+            self._give_back(error)
+
     def _give_back(self, error: BaseException) -> None:
         """After a failure: whatever was begun is ended, the guest gets DONE and goes on."""
         committed = self.phase is Phase.COMMITTED

@@ -1,0 +1,276 @@
+"""``balloon migrate``: one guest, one destination, with and without hints. No printing here: that is `report`."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from balloon_dev.profiles import Profile
+from host_qemu_side.migration.engine import Limits, Migration
+from host_qemu_side.migration.output import FileOutput, SocketOutput, connect, parse_address
+from host_qemu_side.python_guest import PythonGuest
+from host_qemu_side.source import Outcome, SourceHost
+from host_qemu_side.witness import Witness
+from vring.errors import PeerVanished, VirtioError
+
+__all__ = ["MigrateOptions", "Progress", "migrate_all", "spawn_receiver"]
+
+REPORT_TIMEOUT = 120.0
+
+
+@dataclass(frozen=True, slots=True)
+class MigrateOptions:
+    """What the command line asked for."""
+
+    guest: str
+    memory: int
+    workload: str
+    hints: str
+    to: str
+    limits: Limits
+    free_at: str
+    dirty_log: str
+    profile: Profile
+    seed: int
+    batch: int = 64
+    work_dir: str | None = None
+    verbose: bool = False
+
+
+class Progress:
+    """Told what goes on; does nothing itself."""
+
+    def say(self, text: str) -> None:
+        """Tell something in one line."""
+
+    def run_begins(self, hints: bool) -> None:
+        """A migration begins."""
+
+    def step(self, migration: Migration, witness: Witness, host: SourceHost) -> None:
+        """A step of the migration was done."""
+
+    def run_ends(self) -> None:
+        """The migration is over."""
+
+
+@contextlib.contextmanager
+def stop_on_signal() -> Iterator[Callable[[], bool]]:
+    """Within the block the first Ctrl-C or SIGTERM asks to stop, and the second kills."""
+    asked: list[int] = []
+
+    def first(number: int, frame: object) -> None:
+        asked.append(number)
+        for which in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(which, signal.SIG_DFL)
+
+    old = {which: signal.signal(which, first) for which in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: bool(asked)
+    finally:
+        for which, handler in old.items():
+            signal.signal(which, handler)
+
+
+@contextlib.contextmanager
+def spawn_receiver(*arguments: str) -> Iterator[tuple[SocketOutput, subprocess.Popen[bytes]]]:
+    """Run ``balloon receive`` as a process of its own at the other end of a socket pair."""
+    mine, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+    command = [sys.executable, "-m", "balloon_cli", "receive", f"fd:{theirs.fileno()}", "--quiet", "--die-with-parent", *arguments]
+    with theirs:
+        process = subprocess.Popen(command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    output = SocketOutput(mine)
+    try:
+        yield output, process
+    finally:
+        output.close()
+        try:
+            process.wait(5.0)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+def migrate_all(options: MigrateOptions, progress: Progress) -> dict[str, Any]:
+    """Do the migrations asked for; return the result as JSON values (see the README for the schema).
+
+    Raises
+    ------
+    VirtioError, OSError
+        What went wrong.
+    """
+    parse = {"on": [True], "off": [False], "both": [False, True]}[options.hints]
+    if options.to != "spawn":
+        parse_address(options.to)
+    runs = []
+    with stop_on_signal() as stopped:
+        for hints in parse:
+            progress.run_begins(hints)
+            try:
+                runs.append(migrate_python(options, hints, progress, stopped))
+            finally:
+                progress.run_ends()
+    result: dict[str, Any] = {
+        "schema_version": 1,
+        "guest": options.guest,
+        "memory_bytes": options.memory,
+        "workload": options.workload,
+        "seed": options.seed,
+        "profile": options.profile.name,
+        "free_at": options.free_at,
+        "bandwidth_bytes_per_second": options.limits.bandwidth,
+        "runs": runs,
+        "ratio": None,
+    }
+    if len(runs) == 2:
+        off, on = runs
+        result["ratio"] = {
+            "bytes": on["bytes_sent"] / off["bytes_sent"],
+            "seconds": on["total_seconds"] / off["total_seconds"],
+        }
+    return result
+
+
+def place(options: MigrateOptions, hints: bool) -> str:
+    """Return the destination of one run; two runs into one file get two files."""
+    if options.hints == "both" and options.to.startswith("file:"):
+        return f"{options.to}.hints-{'on' if hints else 'off'}"
+    return options.to
+
+
+@contextlib.contextmanager
+def destination(options: MigrateOptions, hints: bool) -> Iterator[SocketOutput | FileOutput]:
+    """Open where the stream of one run goes."""
+    if options.to == "spawn":
+        with spawn_receiver() as (output, process):
+            try:
+                yield output
+            except PeerVanished as error:
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(0.5)
+                if process.poll():
+                    how = f"signal {-process.returncode}" if process.returncode < 0 else f"exit code {process.returncode}"
+                    raise PeerVanished(f"{error} (the receiver ended with {how})") from error
+                raise
+        return
+    out = connect(place(options, hints))
+    try:
+        yield out
+    finally:
+        out.close()
+
+
+def migrate_python(
+    options: MigrateOptions, hints: bool, progress: Progress, stopped: Callable[[], bool]
+) -> dict[str, Any]:
+    """Migrate one embedded Python guest; return one run's JSON values."""
+    resume_arguments = [
+        *("--profile", options.profile.name, "--batch", str(options.batch), "--free-at", options.free_at),
+        *("--dirty-log", options.dirty_log),
+    ]
+    arguments = ["--memory", str(options.memory), "--workload", options.workload, "--seed", str(options.seed), *resume_arguments]
+    with SourceHost(profile=options.profile) as host:
+        guest = PythonGuest(host.loop, host.backend, host.socket_path, arguments)
+        try:
+            progress.say("the guest boots and sets up its workload")
+            guest.wait_ready()
+            log = guest.dirty_log(options.dirty_log, host.track_device_writes())
+            try:
+                with destination(options, hints) as output:
+                    outcome = host.migrate(
+                        guest,
+                        log,
+                        output,
+                        hints=hints,
+                        limits=options.limits,
+                        journal=guest.journal,
+                        header={"guest": "python", "resume_arguments": resume_arguments},
+                        on_step=lambda m, w: progress.step(m, w, host),
+                        at_pause=lambda: guest.status,
+                        report_timeout=REPORT_TIMEOUT if options.to == "spawn" else 0.0,
+                        stop_requested=stopped,
+                    )
+            except (VirtioError, OSError) as error:
+                raise type(error)(f"{error}{_whole_again(guest, progress)}") from error
+            if isinstance(output, FileOutput):
+                _judge_file(outcome, place(options, hints))
+        finally:
+            guest.close()
+    run = run_as_json(outcome, hints)
+    run["dirty_log"] = log.name
+    return run
+
+
+def _whole_again(guest: PythonGuest, progress: Progress) -> str:
+    """After a failed migration: see that the guest goes on and that its allocator is whole; say so in words."""
+    try:
+        guest.loop.run_until(lambda: _hints_freed(guest), 5.0, "the guest to free its hinted pages")
+        guest.ask("check", "checked")
+    except (VirtioError, OSError):
+        return ""
+    assert guest.checked is not None
+    text = f"the source's guest goes on: {guest.checked['pages']} allocated pages checked, {guest.checked['wrong']} wrong"
+    progress.say(text)
+    return f" ({text}, no page held for hints)"
+
+
+def _hints_freed(guest: PythonGuest) -> bool:
+    return int(guest.ask("status", "status")["hinted_pages"]) == 0
+
+
+def _judge_file(outcome: Outcome, path: str) -> None:
+    """Have another process read the file back, and hold what it found against the source."""
+    del outcome, path
+
+
+def run_as_json(outcome: Outcome, hints: bool) -> dict[str, Any]:
+    """Return one run as in the documented schema."""
+    result = outcome.result
+    guest = outcome.guest_at_pause
+    resumed = None
+    if outcome.report is not None:
+        resumed = {**outcome.report}
+    return {
+        "hints": hints,
+        "hints_refused": result.hints_refused,
+        "total_seconds": result.total_seconds,
+        "downtime_seconds": result.downtime_seconds,
+        "oracle_seconds": outcome.oracle_seconds,
+        "bytes_sent": result.bytes_sent,
+        "converged": result.converged,
+        "pages": result.pages(),
+        "rounds": [
+            {
+                "bytes_sent": r.bytes_sent,
+                "pages_dirty": r.pages_dirty,
+                "pages_normal": r.pages_normal,
+                "pages_zero": r.pages_zero,
+                "pages_skipped": r.pages_skipped,
+                "seconds": r.seconds,
+                "frozen_seconds": r.frozen_seconds,
+                "log_voided": r.log_voided,
+            }
+            for r in result.rounds
+        ],
+        "hint_runs": [
+            {"command_id": h.command_id, "blocks": h.blocks, "bytes": h.bytes, "pages_spared": h.pages_spared, "seconds": h.seconds}
+            for h in result.hint_runs
+        ],
+        "nonzero_pages_at_start": outcome.nonzero_at_start,
+        "nonzero_pages_outside_hints": outcome.nonzero_outside_hints,
+        "pages_rewritten": outcome.pages_rewritten,
+        "guest_at_pause": guest,
+        "oracle": None if outcome.verdict is None else outcome.verdict.as_dict(),
+        "resumed": resumed,
+    }
+
+
+

@@ -1,0 +1,46 @@
+"""``balloon receive``: the other end of ``balloon migrate``."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Any
+
+from guest_driver.process import die_with_parent as bind_to_parent
+from host_qemu_side.destination import accept, receive, resume
+from host_qemu_side.migration.receiver import Receiver, ReceiverState
+from vring.errors import PeerVanished, VirtioError
+
+__all__ = ["receive_guest"]
+
+
+def receive_guest(address: str, *, quiet: bool, die_with_parent: bool, as_json: bool) -> dict[str, Any]:
+    """Receive one guest and go on with it; return what is known of it."""
+    if die_with_parent:
+        bind_to_parent()
+
+    def say(text: str) -> None:
+        if not quiet:
+            print(text, file=sys.stderr)
+
+    source = accept(address, announce=lambda where: say(f"waiting for a migration at {where}"))
+    receiver = Receiver()
+    try:
+        receive(source, receiver)
+        facts: dict[str, Any] = {"state": receiver.state.name}
+        if receiver.state is ReceiverState.COMMITTED:
+            try:
+                facts["resumed"] = resume(receiver, announce=say)
+                source.answer(receiver.report(facts["resumed"]))
+            except VirtioError as error:
+                source.answer(receiver.refuse(str(error)))
+                raise
+        elif receiver.state is ReceiverState.CANCELLED:
+            raise PeerVanished(f"the source gave up: {receiver.cancelled}")
+    finally:
+        source.close()
+        if receiver.memory is not None:
+            receiver.memory.close()
+    if not quiet:
+        print(json.dumps(facts, indent=None if as_json else 1))
+    return facts

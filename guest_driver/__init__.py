@@ -1,0 +1,1 @@
+"""The guest: memory manager, balloon driver, the transports it drives a device through, workloads, and the process."""

@@ -1,0 +1,267 @@
+"""The destination host: receives a guest and goes on with it."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import tempfile
+import time
+from collections.abc import Callable
+from typing import Any
+
+from balloon_dev.device import BalloonDevice
+from balloon_dev.hinting import HintState
+from balloon_dev.profiles import profile_named
+from host_qemu_side.discard import Discarder
+from host_qemu_side.loop import Loop
+from host_qemu_side.migration.output import parse_address
+from host_qemu_side.migration.receiver import Receiver
+from host_qemu_side.migration.stream import StreamReader
+from host_qemu_side.python_guest import PythonGuest
+from host_qemu_side.vhost_user import VhostUserBackend
+from vring.errors import PeerVanished, UsageError, VirtioError
+
+__all__ = ["accept", "receive", "resume"]
+
+READ_SIZE = 1 << 20
+SILENCE = 60.0
+"""Seconds a source may be silent in the middle of a stream."""
+
+
+class _Source:
+    """Where the stream comes from: a socket or a file."""
+
+    def __init__(self, sock: socket.socket | None, path: str | None) -> None:
+        self._socket, self._file = sock, None if path is None else open(path, "rb", buffering=0)  # noqa: SIM115
+        self.name = path or "the source"
+        self.two_way = sock is not None
+        if sock is not None:
+            sock.settimeout(SILENCE)
+
+    def read(self, size: int) -> bytes:
+        """Return at most `size` bytes, none at the end."""
+        if self._file is not None:
+            return self._file.read(size) or b""
+        assert self._socket is not None
+        try:
+            return self._socket.recv(size)
+        except TimeoutError as error:
+            raise PeerVanished(f"the source was silent for {SILENCE:g} s") from error
+        except OSError as error:
+            raise PeerVanished(f"the source is gone: {error.strerror or error}") from error
+
+    def answer(self, buffers: list[bytes | memoryview]) -> None:
+        """Send records to the source; a file takes none."""
+        if self._socket is None:
+            return
+        try:
+            for buffer in buffers:
+                self._socket.sendall(buffer)
+        except OSError as error:
+            raise PeerVanished(f"the source is gone: {error.strerror or error}") from error
+
+    def close(self) -> None:
+        """Close it."""
+        if self._socket is not None:
+            self._socket.close()
+        if self._file is not None:
+            self._file.close()
+
+
+def accept(address: str, *, announce: Callable[[str], None] = lambda text: None) -> _Source:
+    """Wait for a source at ``unix:PATH`` or ``tcp:HOST:PORT``, or open ``file:PATH``.
+
+    Parameters
+    ----------
+    address
+        See `parse_address`; TCP port 0 takes a free one.
+    announce
+        Told where the program listens.
+
+    Raises
+    ------
+    UsageError
+        If one cannot listen there or the file cannot be read.
+    """
+    kind, rest = parse_address(address)
+    if kind == "file":
+        try:
+            return _Source(None, rest)
+        except OSError as error:
+            raise UsageError(f"cannot read {rest}: {error.strerror}") from error
+    if kind == "fd":
+        return _Source(socket.socket(fileno=int(rest)), None)
+    path = None
+    try:
+        if kind == "unix":
+            listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+            listener.bind(rest)
+            path = rest
+            listener.listen(1)
+        else:
+            host, _, port = rest.rpartition(":")
+            listener = socket.create_server((host.strip("[]"), int(port)))
+            address = f"tcp:{host}:{listener.getsockname()[1]}"
+    except OSError as error:
+        raise UsageError(f"cannot listen on {address}: {error.strerror or error}") from error
+    announce(address)
+    try:
+        with listener:
+            connection, _ = listener.accept()
+    finally:
+        if path is not None:
+            os.unlink(path)
+    return _Source(connection, None)
+
+
+def receive(source: _Source, receiver: Receiver, *, on_record: Callable[[Receiver], None] = lambda r: None) -> None:
+    """Read the stream to its end.
+
+    Raises
+    ------
+    StreamError, PeerVanished
+        If it is damaged or cut off; the source has been told.
+    """
+    reader = StreamReader()
+    try:
+        while not receiver.complete:
+            record = reader.next()
+            if record is None:
+                data = source.read(min(max(reader.wanted, 1), READ_SIZE))
+                if not data:
+                    raise PeerVanished(f"the stream from {source.name} ends {reader.position}, while {receiver.state.value}")
+                reader.feed(data)
+                continue
+            answer = receiver.handle(record)
+            del record
+            if answer:
+                source.answer(answer)
+            on_record(receiver)
+    except VirtioError as error:
+        try:
+            source.answer(receiver.refuse(str(error)))
+        except PeerVanished:
+            pass
+        raise
+
+
+def resume(
+    receiver: Receiver,
+    *,
+    run_for: float = 0.5,
+    announce: Callable[[str], None] = lambda text: None,
+    keep_running: Callable[[], bool] | None = None,
+) -> dict[str, Any]:
+    """Go on with a received guest, and see that it does well.
+
+    The guest checks every page it has allocated, runs on, answers a run of hints, and is checked again.
+
+    Parameters
+    ----------
+    receiver
+        In state COMMITTED.
+    run_for
+        Seconds to let the workload go on before the hint run and again after it.
+    announce
+        Told what happens.
+    keep_running
+        Called over and over after the checks; the guest runs on while it returns True.
+
+    Returns
+    -------
+    dict
+        JSON values: pages checked and wrong, blocks of the hint run, pages written since.
+
+    Raises
+    ------
+    VirtioError
+        If the guest or the device cannot go on.
+    """
+    assert receiver.memory is not None
+    memory, saved = receiver.memory, receiver.device_state
+    try:
+        state, transport = saved["device"], saved["transport"]
+        device = BalloonDevice(int(state["offered"]), profile=profile_named(str(state["profile"])))
+        bases = {int(r["index"]): int(r["base"]) for r in transport["rings"]}
+        arguments = [str(a) for a in receiver.header.get("resume_arguments", [])]
+    except (KeyError, TypeError, ValueError) as error:
+        raise UsageError(f"the device state in the stream is malformed: {error!r}") from error
+    device.discard = Discarder(memory)
+    loop = Loop()
+    backend = VhostUserBackend(device, loop, on_memory=lambda: device.load(state))
+    folder = tempfile.mkdtemp(prefix="virtio-balloon-")
+    path = os.path.join(folder, "balloon.sock")
+    backend.listen(path)
+    guest = None
+    try:
+        guest = PythonGuest(loop, backend, path, [*arguments, "--bases", json.dumps(bases)], ram=memory.regions[0].fd)
+        guest.wait_ready()
+        announce("the guest runs here")
+        allocated = int(guest.status["allocated_pages"])
+        written = int(guest.status["pages_written"])
+        first = _checked(guest)
+        facts: dict[str, Any] = {
+            "pages_checked": first["pages"],
+            "pages_wrong": first["wrong"],
+            "allocated_pages": allocated,
+        }
+        _let_run(loop, guest, run_for)
+        status = guest.ask("status", "status")
+        facts["hinted_pages_after_done"] = status["hinted_pages"]
+        if device.hinting_negotiated:
+            facts["hint_run"] = _hint_run(loop, backend, device)
+        _let_run(loop, guest, run_for)
+        second = _checked(guest)
+        status = guest.ask("status", "status")
+        facts |= {
+            "pages_checked_again": second["pages"],
+            "pages_wrong_again": second["wrong"],
+            "pages_written_since": int(status["pages_written"]) - written,
+            "hinted_pages_left": status["hinted_pages"],
+        }
+        if keep_running is not None:
+            while keep_running():
+                _let_run(loop, guest, 0.2)
+        return facts
+    finally:
+        if guest is not None:
+            guest.close()
+        backend.close()
+        loop.close()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _let_run(loop: Loop, guest: PythonGuest, seconds: float) -> None:
+    end = time.monotonic() + seconds
+    while (left := end - time.monotonic()) > 0:
+        loop.run_once(min(left, 0.1))
+        guest.check_alive()
+
+
+def _checked(guest: PythonGuest) -> dict[str, Any]:
+    guest.ask("check", "checked", 120.0)
+    assert guest.checked is not None
+    return guest.checked
+
+
+def _hint_run(loop: Loop, backend: VhostUserBackend, device: BalloonDevice) -> dict[str, Any]:
+    """One run of hints to its end, then DONE; nobody uses the hints, the guest only has to answer."""
+    blocks = 0
+
+    def count(command_id: int, addr: Any, length: Any) -> None:
+        nonlocal blocks
+        blocks += len(addr)
+
+    device.hint_sink = count
+    began = time.monotonic()
+    command_id = device.start_hinting()
+    backend.deliver()
+    try:
+        loop.run_until(lambda: device.hinting.state is HintState.STOP, 10.0, "the guest to answer a hint run")
+    finally:
+        device.hint_sink = None
+        device.finish_hinting()
+        backend.deliver()
+    return {"command_id": command_id, "blocks": blocks, "seconds": time.monotonic() - began}

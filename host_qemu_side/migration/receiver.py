@@ -1,0 +1,168 @@
+"""The receiving side of a migration: builds a guest's RAM from the stream. No sockets: fed with records.
+
+RAM is made fresh and sparse; nothing is shared with the source but the stream.
+"""
+
+from __future__ import annotations
+
+from enum import Enum
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from host_qemu_side.discard import punch_hole
+from host_qemu_side.migration.ram import populated
+from host_qemu_side.migration.stream import Kind, Record, StreamError, StreamWriter, check_header
+from vring import bitmap
+from vring.errors import UsageError
+from vring.memory import PAGE_SHIFT, PAGE_SIZE, GuestMemory
+
+__all__ = ["Receiver", "ReceiverState", "digests_of"]
+
+DIGESTS_PER_RECORD = 1 << 20
+
+
+def digests_of(memory: GuestMemory, out: npt.NDArray[np.uint64] | None = None) -> npt.NDArray[np.uint64]:
+    """Return one digest per page of `memory` (holes between regions: 0); holes of a sparse object are not read."""
+    digests = np.zeros(memory.page_span, np.uint64) if out is None else out
+    present = populated(memory)
+    for region in memory.regions:
+        first, pages = region.gpa >> PAGE_SHIFT, region.size >> PAGE_SHIFT
+        bitmap.digest_pages(memory.host_address(region.gpa), pages, digests[first : first + pages], present, first)
+    return digests
+
+
+class ReceiverState(Enum):
+    """How far the stream has come."""
+
+    HEADER = "waiting for the header"
+    RAM = "receiving memory"
+    STATE = "received the device's state"
+    READY = "complete, waiting for COMMIT"
+    COMMITTED = "the guest is ours"
+    IMAGE = "a complete image; the guest stayed at the source"
+    CANCELLED = "the source gave up"
+
+
+class Receiver:
+    """Takes records in order.
+
+    Parameters
+    ----------
+    name
+        Of the memory object, shown in ``/proc/PID/maps``.
+    digests
+        Whether to send the digest of every page before READY, for an oracle at the source.
+    """
+
+    def __init__(self, name: str = "migrated-ram", *, digests: bool = True) -> None:
+        self.state = ReceiverState.HEADER
+        self.header: dict[str, Any] = {}
+        self.device_state: dict[str, Any] = {}
+        self.memory: GuestMemory | None = None
+        self.pages = 0
+        self.zero_pages = 0
+        self.rounds = 0
+        self.cancelled: str | None = None
+        self.extra: dict[str, Any] = {}
+        """Put into READY, JSON values."""
+        self.writer = StreamWriter()
+        self._name = name
+        self._digests = digests
+
+    def handle(self, record: Record) -> list[bytes | memoryview]:
+        """Let one record take effect; return buffers to answer with.
+
+        Raises
+        ------
+        StreamError
+            If the record cannot come here or names pages outside RAM.
+        """
+        kind = record.kind
+        if self.state is ReceiverState.HEADER:
+            if kind is not Kind.HEADER:
+                raise StreamError(f"the stream begins with {kind.name}, not with a header")
+            self._begin(record.json())
+            return []
+        if kind is Kind.CANCEL and self.state is not ReceiverState.COMMITTED:
+            self.state, self.cancelled = ReceiverState.CANCELLED, str(record.json().get("why"))
+            return []
+        if self.state is ReceiverState.RAM and kind in (Kind.PAGES, Kind.ZERO):
+            self._ram(record)
+            return []
+        if self.state is ReceiverState.RAM and kind is Kind.ROUND:
+            self.rounds += 1
+            return []
+        if self.state is ReceiverState.RAM and kind is Kind.STATE:
+            self.device_state, self.state = record.json(), ReceiverState.STATE
+            return []
+        if self.state is ReceiverState.STATE and kind is Kind.END:
+            return self._end(record.json())
+        if self.state is ReceiverState.READY and kind is Kind.COMMIT:
+            self.state = ReceiverState.COMMITTED
+            return []
+        raise StreamError(f"a {kind.name} record cannot come while {self.state.value}")
+
+    def _begin(self, header: dict[str, Any]) -> None:
+        check_header(header)
+        try:
+            regions = [(int(gpa), int(size)) for gpa, size in header["regions"]]
+            if header["page_size"] != PAGE_SIZE:
+                raise StreamError(f"the stream's pages have {header['page_size']} bytes, this program's {PAGE_SIZE}")
+            self.memory = GuestMemory.create(regions, name=self._name)
+        except (KeyError, TypeError, ValueError, OverflowError, UsageError) as error:
+            raise StreamError(f"the header's memory layout makes no sense: {error}") from error
+        except OSError as error:
+            raise StreamError(f"cannot make {sum(s for _, s in regions)} bytes of guest memory: {error.strerror}") from error
+        self.header, self.state = header, ReceiverState.RAM
+
+    def _ram(self, record: Record) -> None:
+        assert self.memory is not None
+        runs, contents = record.runs()
+        at = 0
+        for first, count in zip(runs["first"].tolist(), runs["count"].tolist(), strict=True):
+            gpa, size = first << PAGE_SHIFT, count << PAGE_SHIFT
+            if not count or not self.memory.covers(gpa, size):
+                raise StreamError(f"{record.kind.name} record for pages {first}+{count}, which are not RAM")
+            if record.kind is Kind.PAGES:
+                self.memory.write(gpa, contents[at : at + size])
+                at += size
+                self.pages += count
+            else:
+                self._zero(gpa, size)
+                self.zero_pages += count
+
+    def _zero(self, gpa: int, size: int) -> None:
+        """Zero pages take no memory: they become holes again."""
+        assert self.memory is not None
+        for region in self.memory.regions:
+            start, end = max(gpa, region.gpa), min(gpa + size, region.end)
+            if start < end:
+                punch_hole(region.fd, start - region.gpa + region.offset, end - start)
+
+    def _end(self, sums: dict[str, Any]) -> list[bytes | memoryview]:
+        assert self.memory is not None
+        if sums.get("pages") != self.pages:
+            raise StreamError(f"the source sent {sums.get('pages')} pages, {self.pages} arrived")
+        answer: list[bytes | memoryview] = []
+        if self._digests:
+            digests = digests_of(self.memory)
+            for at in range(0, len(digests), DIGESTS_PER_RECORD):
+                answer += self.writer.digests(digests[at : at + DIGESTS_PER_RECORD])
+        answer += self.writer.json(Kind.READY, {"pages": self.pages, "zero_pages": self.zero_pages, **self.extra})
+        self.state = ReceiverState.READY if self.header.get("hand_over") else ReceiverState.IMAGE
+        return answer
+
+    def refuse(self, why: str) -> list[bytes | memoryview]:
+        """Return the record that tells the source what is wrong."""
+        return self.writer.json(Kind.REFUSED, {"why": why})
+
+    def report(self, facts: dict[str, Any]) -> list[bytes | memoryview]:
+        """Return the record that tells the source what became of the guest."""
+        return self.writer.json(Kind.REPORT, facts)
+
+    @property
+    def complete(self) -> bool:
+        """Whether nothing more is expected."""
+        return self.state in (ReceiverState.COMMITTED, ReceiverState.IMAGE, ReceiverState.CANCELLED)
