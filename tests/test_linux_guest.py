@@ -261,6 +261,7 @@ def test_churn_fills_and_frees(guest: LinuxGuest) -> None:
     found = guest.tool("churn --keep 10 --extent 8M --seed 3")
     assert found["filled"] > 0.85 * found["total"]
     assert found["free_now"] > 0.7 * found["total"]
+    assert guest.tool("churn --keep 10 --extent 8M --seed 4")["free_now"] > 0.6 * found["total"]
     fd = guest.ram_fd()
     pages = np.memmap(f"/proc/self/fd/{fd}", dtype=np.uint64, mode="r").reshape(-1, 512)[: 256 * MIB // 4096]
     os.close(fd)

@@ -21,9 +21,10 @@ struct cache_counts {
     uint64_t cached, dirty, writeback, evicted, recently_evicted;
 };
 
-/* Pages tried at once before halving: the kernel walks all of a range to count it, so halving from the
- * whole file on would walk each part again and again. */
-#define WINDOW 512
+/* Pages asked for at once before halving: one node of the page cache's tree. The kernel walks all of a range
+ * to count it, so larger windows are walked again and again (512 pages take twice as long when a few are
+ * dirty). */
+#define WINDOW 64
 
 static int count_pages(int fd, uint64_t at, uint64_t length, struct cache_counts *counts)
 {
@@ -38,10 +39,10 @@ int64_t dirty_cachestat_scan(int fd, uint64_t offset, uint64_t len, uint64_t fir
     uint64_t pages = len / DIRTY_PAGE_SIZE;
     int64_t found = 0;
     for (uint64_t window = 0; window < pages; window += WINDOW) {
-        /* Each halving leaves one half on the stack; 512 pages halve 9 times. */
+        /* Each halving leaves one half on the stack; 64 pages halve 6 times. */
         struct {
             uint64_t first, n;
-        } todo[12];
+        } todo[8];
         unsigned depth = 0;
         todo[depth].first = window;
         todo[depth++].n = pages - window < WINDOW ? pages - window : WINDOW;

@@ -131,18 +131,18 @@ static int churn(int argc, char **argv)
     uint64_t filled = 0, extents = 0, files = 0, inside = extent;
     char path[256];
     double began = now();
-    int full = 0;
-    /* Extents are folders e0, e1, ... of files written one after another, so their pages are mostly
+    int full = 0, me = (int)getpid(); /* in the names: what an earlier churn left stays apart */
+    /* Extents are folders of files written one after another, so their pages are mostly
      * neighbours. */
     while (!full) {
         if (inside >= extent) {
-            snprintf(path, sizeof path, "%s/e%llu", dir, (unsigned long long)extents);
+            snprintf(path, sizeof path, "%s/e%d.%llu", dir, me, (unsigned long long)extents);
             if (mkdir(path, 0700) && errno != EEXIST)
                 break;
             extents++;
             inside = 0;
         }
-        snprintf(path, sizeof path, "%s/e%llu/f%llu", dir, (unsigned long long)(extents - 1),
+        snprintf(path, sizeof path, "%s/e%d.%llu/f%llu", dir, me, (unsigned long long)(extents - 1),
                  (unsigned long long)files);
         int fd = open(path, O_WRONLY | O_CREAT | O_TRUNC, 0600);
         if (fd < 0)
@@ -178,16 +178,14 @@ static int churn(int argc, char **argv)
     began = now();
     uint64_t f = 0;
     for (uint64_t e = 0; stay && e < extents; e++) {
-        int gone = 0;
         while (f < files) {
-            snprintf(path, sizeof path, "%s/e%llu/f%llu", dir, (unsigned long long)e, (unsigned long long)f);
+            snprintf(path, sizeof path, "%s/e%d.%llu/f%llu", dir, me, (unsigned long long)e,
+                     (unsigned long long)f);
             if (stay[e] ? access(path, F_OK) : unlink(path))
                 break;
             f++;
-            gone = 1;
         }
-        (void)gone;
-        snprintf(path, sizeof path, "%s/e%llu", dir, (unsigned long long)e);
+        snprintf(path, sizeof path, "%s/e%d.%llu", dir, me, (unsigned long long)e);
         if (!stay[e])
             rmdir(path);
     }
