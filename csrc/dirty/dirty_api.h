@@ -72,3 +72,11 @@ int64_t dirty_pagemap_scan(int pagemap, uint64_t start, uint64_t len, uint64_t f
 /* Or the pages of the file range [offset, offset + len) that are dirty in the page cache into `into` (bit first_page
  * stands for the page at `offset`), by bisection. Returns how many, or a negative errno. */
 int64_t dirty_cachestat_scan(int fd, uint64_t offset, uint64_t len, uint64_t first_page, uint64_t *into);
+/* How many of the `n` pages at these file offsets are not dirty, or a negative errno. */
+int64_t dirty_cachestat_lost(int fd, const uint64_t *offsets, uint64_t n);
+/* Write the dirty pages of a file range back and wait: they are clean and write-protected in all mappings after it.
+ * Not durable. Returns 0 or a negative errno. */
+int dirty_file_clean(int fd, uint64_t offset, uint64_t len);
+/* Or the pages of a file range that hold data (are no holes, SEEK_DATA) into `into`. Returns how many, or a negative
+ * errno. Moves the descriptor's file position. */
+int64_t dirty_present_scan(int fd, uint64_t offset, uint64_t len, uint64_t first_page, uint64_t *into);
