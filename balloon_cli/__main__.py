@@ -51,6 +51,7 @@ def cli() -> None:
 @click.option("--max-rounds", type=click.IntRange(1), default=30, show_default=True)
 @click.option("--free-at", type=click.Choice(["done", "stop"]), default="done", show_default=True)
 @click.option("--dirty-log", type=click.Choice(["auto", "wp-async", "software"]), default="auto", show_default=True)
+@click.option("--work-dir", default="", help="Folder for the Linux guest's RAM file, on ext4 or xfs.")
 @click.option("--profile", type=click.Choice(sorted(PROFILES)), default="spec", show_default=True)
 @click.option("--seed", type=int, default=1, show_default=True)
 @click.option("--batch", type=click.IntRange(1, 1024), default=64, show_default=True)

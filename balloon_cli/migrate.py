@@ -39,6 +39,8 @@ class MigrateOptions:
     profile: Profile
     seed: int
     batch: int = 64
+    work_dir: str = ""
+    """Folder for the Linux guest's RAM file and what is built for it."""
     warm_up: float = 1.0
     """Seconds the guest runs with its workload before the migration."""
     verbose: bool = False
@@ -119,12 +121,16 @@ def migrate_all(options: MigrateOptions, progress: Progress) -> dict[str, Any]:
     parse = {"on": [True], "off": [False], "both": [False, True]}[options.hints]
     if options.to != "spawn":
         parse_address(options.to)
+    if options.guest == "linux":
+        from balloon_cli.migrate_linux import migrate_linux as migrate_one
+    else:
+        migrate_one = migrate_python
     runs = []
     with stop_on_signal() as stopped:
         for hints in parse:
             progress.run_begins(hints)
             try:
-                runs.append(migrate_python(options, hints, progress, stopped))
+                runs.append(migrate_one(options, hints, progress, stopped))
             finally:
                 progress.run_ends()
     result: dict[str, Any] = {

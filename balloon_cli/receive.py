@@ -8,8 +8,9 @@ from typing import Any
 
 from guest_driver.process import die_with_parent as bind_to_parent
 from host_qemu_side.destination import accept, receive, resume
+from host_qemu_side.linux_guest import tags
 from host_qemu_side.migration.receiver import Receiver, ReceiverState
-from vring.errors import PeerVanished, VirtioError
+from vring.errors import PeerVanished, UsageError, VirtioError
 
 __all__ = ["receive_guest"]
 
@@ -24,7 +25,7 @@ def receive_guest(address: str, *, quiet: bool, die_with_parent: bool, as_json: 
             print(text, file=sys.stderr)
 
     source = accept(address, announce=lambda where: say(f"waiting for a migration at {where}"))
-    receiver = Receiver()
+    receiver = Receiver(inspect=_inspect)
     try:
         receive(source, receiver)
         facts: dict[str, Any] = {"state": receiver.state.name}
@@ -44,3 +45,24 @@ def receive_guest(address: str, *, quiet: bool, die_with_parent: bool, as_json: 
     if not quiet:
         print(json.dumps(facts, indent=None if as_json else 1))
     return facts
+
+
+def _inspect(receiver: Receiver) -> dict[str, Any]:
+    """Judge what can be judged of an image alone: a Linux guest's tagged pages."""
+    if receiver.header.get("guest") != "linux" or receiver.memory is None:
+        return {}
+    try:
+        report = tags.scan(receiver.memory.arrays[0], int(receiver.header["tag_nonce"]))
+    except (UsageError, KeyError, ValueError) as error:
+        return {"tags": {"error": str(error)}}
+    return {
+        "tags": {
+            "pages": report.count,
+            "found": report.found,
+            "missing": len(report.missing),
+            "stale": len(report.stale),
+            "torn": len(report.torn),
+            "updates": report.updates,
+            "ok": report.ok,
+        }
+    }
