@@ -224,7 +224,7 @@ static int add_single(struct vq_driver *q, const struct vq_seg *segs, const uint
         h->writable = segs[i].flags ? segs[i].len : 0;
         h->count = 1;
         h->position = (uint16_t)position;
-        store16(&ring[position & mask], (uint16_t)d);
+        update16(&ring[position & mask], (uint16_t)d);
     }
     st->free_head = (uint16_t)free_head;
     st->avail_next = (uint16_t)position;
@@ -318,7 +318,7 @@ static int add_chains(struct vq_driver *q, const struct vq_seg *segs, const uint
 
         q->heads[head].token = tokens[i];
         q->heads[head].position = st->avail_next;
-        store16(q->avail + WORD_AVAIL_RING + (st->avail_next & q->mask), head);
+        update16(q->avail + WORD_AVAIL_RING + (st->avail_next & q->mask), head);
         st->avail_next++;
         at += counts[i];
     }
