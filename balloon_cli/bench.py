@@ -110,18 +110,20 @@ def _python_driver(
     addr, tokens, back = driver.segs["addr"], driver.tokens, driver.done_tokens
     driver.segs["len"], driver.segs["flags"] = 64, SEG_WRITE
     exchange, source = driver.exchange, _addresses(1024 + RING_SIZE)
+    # Views made once, as the arrays are: slicing costs as much as the store.
+    whole, chunks = addr[:batch], [source[at : at + batch] for at in range(1024)]
     added = done = 0
 
     def turn() -> bool:
         nonlocal added, done
         n = buffers - added
-        if n > batch:
+        if n >= batch:
             n = batch
-        if n:
-            at = added & 1023
-            addr[:n] = source[at : at + n]
-            if log:
-                tokens[:n] = np.arange(added, added + n)
+            whole[...] = chunks[added & 1023]
+        else:
+            addr[:n] = chunks[added & 1023][:n]
+        if log:
+            tokens[:n] = np.arange(added, added + n)
         got = exchange(n, spins=spins)
         if n:
             added += driver.added
