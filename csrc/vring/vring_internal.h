@@ -149,6 +149,17 @@ static inline void cpu_relax(void)
 #endif
 }
 
+/* Where the driver says which used index it wants to hear of, and the device which avail index. */
+static inline uint16_t *driver_used_event(const struct vq_driver *q)
+{
+    return q->avail + WORD_AVAIL_RING + q->mask + 1;
+}
+
+static inline uint16_t *driver_avail_event(const struct vq_driver *q)
+{
+    return q->used + WORD_USED_RING + 4 * ((size_t)q->mask + 1);
+}
+
 /* The three parts of a ring in this process. */
 struct vq_parts {
     struct vring_desc *desc;
