@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import shutil
 import socket
+import stat
 import tempfile
 import time
 from collections.abc import Callable
@@ -97,6 +99,7 @@ def accept(address: str, *, announce: Callable[[str], None] = lambda text: None)
     path = None
     try:
         if kind == "unix":
+            _remove_left_over(rest)
             listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
             listener.bind(rest)
             path = rest
@@ -115,6 +118,32 @@ def accept(address: str, *, announce: Callable[[str], None] = lambda text: None)
         if path is not None:
             os.unlink(path)
     return _Source(connection, None)
+
+
+def _remove_left_over(path: str) -> None:
+    """Remove a socket that a dead process left behind.
+
+    Raises
+    ------
+    UsageError
+        If somebody listens there, or if it is no socket.
+    """
+    try:
+        if not stat.S_ISSOCK(os.stat(path).st_mode):
+            raise UsageError(f"cannot listen on unix:{path}: it exists and is no socket; choose another path")
+    except FileNotFoundError:
+        return
+    # A socket of the wrong type tells whether there is a live one behind the name without connecting to it.
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect(path)
+        except ConnectionRefusedError:
+            os.unlink(path)
+            return
+        except OSError as error:
+            if error.errno != errno.EPROTOTYPE:
+                raise
+    raise UsageError(f"cannot listen on unix:{path}: another process listens there already")
 
 
 def receive(source: _Source, receiver: Receiver, *, on_record: Callable[[Receiver], None] = lambda r: None) -> None:
@@ -154,6 +183,7 @@ def resume(
     *,
     run_for: float = 0.5,
     announce: Callable[[str], None] = lambda text: None,
+    on_checked: Callable[[dict[str, Any]], None] = lambda facts: None,
     keep_running: Callable[[], bool] | None = None,
 ) -> dict[str, Any]:
     """Go on with a received guest, and see that it does well.
@@ -168,6 +198,8 @@ def resume(
         Seconds to let the workload go on before the hint run and again after it.
     announce
         Told what happens.
+    on_checked
+        Told the result when the checks are over.
     keep_running
         Called over and over after the checks; the guest runs on while it returns True.
 
@@ -223,6 +255,7 @@ def resume(
             "pages_written_since": int(status["pages_written"]) - written,
             "hinted_pages_left": status["hinted_pages"],
         }
+        on_checked(facts)
         if keep_running is not None:
             while keep_running():
                 guest.run_for(0.2)
