@@ -6,10 +6,8 @@ import contextlib
 import errno
 import json
 import os
-import shutil
 import socket
 import stat
-import tempfile
 import time
 from collections.abc import Callable
 from typing import Any
@@ -225,12 +223,9 @@ def resume(
     device.discard = Discarder(memory)
     loop = Loop()
     backend = VhostUserBackend(device, loop, on_memory=lambda: device.load(state))
-    folder = tempfile.mkdtemp(prefix="virtio-balloon-")
-    path = os.path.join(folder, "balloon.sock")
-    backend.listen(path)
     guest = None
     try:
-        guest = PythonGuest(loop, backend, path, [*arguments, "--bases", json.dumps(bases)], ram=memory.regions[0].fd)
+        guest = PythonGuest(loop, backend, None, [*arguments, "--bases", json.dumps(bases)], ram=memory.regions[0].fd)
         guest.wait_ready()
         announce("the guest runs here")
         allocated = int(guest.status["allocated_pages"])
@@ -265,7 +260,6 @@ def resume(
             guest.close()
         backend.close()
         loop.close()
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _checked(guest: PythonGuest) -> dict[str, Any]:
