@@ -282,10 +282,15 @@ class SourceHost:
                 elif time.monotonic() - sent_at > silence:
                     raise PeerVanished(f"the destination took nothing for {silence:g} s")
                 self.loop.run_once(min(max(wake - clock(), 0.0), NAP))
-                guest.check_alive()
+                if not migration.committed:  # then it is the destination's, and this one may end
+                    guest.check_alive()
         except BaseException as error:
             migration.abort(error)
-            if isinstance(error, (VirtioError, OSError)) and not isinstance(error, Cancelled):
+            if (
+                isinstance(error, (VirtioError, OSError))
+                and not isinstance(error, Cancelled)
+                and not migration.committed
+            ):
                 guest.check_alive()  # a guest that is gone is the reason for whatever failed
             raise
         finally:
