@@ -26,7 +26,7 @@ from host_qemu_side.vhost_user import VhostUserBackend
 from host_qemu_side.witness import MigrationClock, Witness
 from vring.dirty import DirtyLog
 from vring.dirty.software import SoftwareDirtyLog
-from vring.errors import PeerVanished, VirtioError
+from vring.errors import MissingFacility, PeerVanished, UsageError
 from vring.memory import GuestMemory
 
 __all__ = ["BackendHints", "GuestHandle", "Outcome", "SourceHost"]
@@ -286,12 +286,8 @@ class SourceHost:
                     guest.check_alive()
         except BaseException as error:
             migration.abort(error)
-            if (
-                isinstance(error, (VirtioError, OSError))
-                and not isinstance(error, Cancelled)
-                and not migration.committed
-            ):
-                guest.check_alive()  # a guest that is gone is the reason for whatever failed
+            if isinstance(error, (MissingFacility, UsageError, OSError)) and not migration.committed:
+                self._look_after(guest)
             raise
         finally:
             self.loop.unwatch(watched)
@@ -301,6 +297,19 @@ class SourceHost:
         if report_timeout and isinstance(output, SocketOutput):
             outcome.report = self._wait_report(output, report_timeout, stop_requested)
         return outcome
+
+    def _look_after(self, guest: GuestHandle) -> None:
+        """After a failure: a guest that is gone is the reason. One that is dying fails its dirty log a moment before.
+
+        Raises
+        ------
+        PeerVanished
+            If it is gone.
+        """
+        end = time.monotonic() + 2 * NAP
+        while time.monotonic() < end:
+            guest.check_alive()
+            self.loop.run_once(NAP / 10)
 
     def _collect(self, outcome: Outcome, migration: Migration, witness: Witness) -> None:
         outcome.judge = witness.verdict

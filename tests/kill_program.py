@@ -51,6 +51,19 @@ def twice() -> None:
     os.kill(os.getpid(), signal.SIGINT)
 
 
+def close_device_in_loop() -> None:
+    """As after a message that makes no sense: while the loop serves the socket, never in the middle of a step."""
+    loop, backend = World.host.loop, World.host.backend
+    serve = loop.run_once
+
+    def once(timeout: float = 0.0) -> None:
+        loop.run_once = serve
+        serve(0.0)
+        backend._disconnect("the test closed it")
+
+    loop.run_once = once
+
+
 def keeper_of(linux: Any) -> int:
     return int(linux._keeper.pid)
 
@@ -64,7 +77,7 @@ ACTIONS: dict[str, Callable[[], object]] = {
     "ctrl-c-twice": twice,
     "sigterm": lambda: os.kill(os.getpid(), signal.SIGTERM),
     "device-closed-by-guest": lambda: shut(World.host.backend._socket, socket.SHUT_RD),
-    "device-closed-by-host": lambda: World.host.backend._disconnect("the test closed it"),
+    "device-closed-by-host": close_device_in_loop,
     "control-closed-by-guest": lambda: shut(World.guest._control, socket.SHUT_RD),
     "control-closed-by-host": lambda: shut(World.guest._control, socket.SHUT_WR),
     "stream-closed-by-receiver": lambda: shut(World.output._socket, socket.SHUT_RDWR),

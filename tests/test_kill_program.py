@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,6 +43,8 @@ class Expected:
     code: int
     says: str = ""
     """Regular expression for the last line on standard error; empty: nothing is asked of it."""
+    or_success: bool = False
+    """Whether the other outcome is right too: the guest died so late that the destination may have it already."""
 
 
 def expected(when: str, what: str) -> Expected | None:
@@ -50,6 +53,8 @@ def expected(when: str, what: str) -> Expected | None:
     handed_over = when in AFTER_COMMIT
     if what == "kill-source":
         return Expected(KILLED)
+    if what in ("ctrl-c-twice", "sigterm") and when not in ("boot", "round", "frozen", "resuming"):
+        return None  # Ctrl-C once stands for the others
     if what == "ctrl-c-twice":
         return Expected(INTERRUPT_KILLED)
     if what in ("ctrl-c", "sigterm"):
@@ -72,7 +77,7 @@ def expected(when: str, what: str) -> Expected | None:
         return Expected(0)
     if when == "boot":
         return Expected(VANISHED, "the guest .*is gone")
-    return Expected(VANISHED, f"the guest .*is gone: .*{NO_GUEST}")
+    return Expected(VANISHED, f"the guest .*is gone: .*{NO_GUEST}", or_success=when in ("frozen", "handover"))
 
 
 ACTIONS = (
@@ -149,7 +154,7 @@ def run(folder: Path, when: str, what: str, *arguments: str) -> Ended:
 @pytest.fixture(scope="module")
 def runs(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> dict[tuple[str, str], Future[Ended]]:
+) -> Iterator[dict[tuple[str, str], Future[Ended]]]:
     """All selected cases, a few at a time: most of each is start-up and waiting."""
     base = tmp_path_factory.mktemp("kill")
     wanted = [
@@ -157,10 +162,10 @@ def runs(
         for item in request.session.items
         if item.fspath == request.fspath and "case" in getattr(getattr(item, "callspec", None), "params", {})
     ]
-    pool = ThreadPoolExecutor(3)
-    request.addfinalizer(lambda: pool.shutdown(cancel_futures=True))
     options = ("--memory", "64M", "--hints", "on", "--warm-up", "0")
-    return {case: pool.submit(run, base / "-".join(case), *case, *options) for case in wanted}
+    pool = ThreadPoolExecutor(3)
+    yield {case: pool.submit(run, base / "-".join(case), *case, *options) for case in wanted}
+    pool.shutdown(cancel_futures=True)
 
 
 @pytest.mark.parametrize("case", CASES, ids=["-".join(case) for case in CASES])
@@ -170,6 +175,8 @@ def test_whatever_dies(case: tuple[str, str], runs: dict[tuple[str, str], Future
     assert ended.processes == [], "processes left"
     assert ended.files == [], "files left"
     assert "Traceback" not in ended.err
+    if wanted.or_success and ended.code == 0:
+        return
     assert ended.code == wanted.code, ended.err
     lines = ended.err.splitlines()
     assert all(line.startswith("balloon: ") for line in lines), ended.err
