@@ -91,7 +91,7 @@ def receive_guest(options: ReceiveOptions, say: Callable[[str], None] = lambda t
             try:
                 receive(source, receiver, on_record=_narrator(receiver, say))
             except VirtioError as error:
-                raise _with_place(error, options.address) from error
+                raise _with_place(error, options.address, receiver) from error
             facts |= _facts(receiver, options)
             if receiver.state is ReceiverState.CANCELLED:
                 raise PeerVanished(f"the source at {options.address} gave up: {receiver.cancelled}")
@@ -187,13 +187,15 @@ def _write_digests(receiver: Receiver, fd: int) -> None:
         view = view[os.write(fd, view) :]
 
 
-def _with_place(error: VirtioError, address: str) -> VirtioError:
+def _with_place(error: VirtioError, address: str, receiver: Receiver) -> VirtioError:
     """Return the error with the place and what to do; its exit code stays."""
     kind, rest = parse_address(address)
-    if kind == "file" and isinstance(error, PeerVanished):
-        return PeerVanished(f"{rest} is incomplete: {error}; write it again with `balloon migrate --to {address}`")
-    if kind == "file":
-        return StreamError(f"{rest}: {error.message}; write it again with `balloon migrate --to {address}`")
+    name = rest if kind == "file" else address
+    text = f"{name}: {error.message}"
+    if kind == "file" and not receiver.header:
+        text += "; is it a file that `balloon migrate --to file:PATH` wrote?"
+    elif kind == "file":
+        text += f"; write it again with `balloon migrate --to {address}`"
     if isinstance(error, PeerVanished):
-        return PeerVanished(f"{address}: {error}")
-    return StreamError(f"{address}: {error.message}") if isinstance(error, StreamError) else error
+        return PeerVanished(text)
+    return StreamError(text) if isinstance(error, StreamError) else error

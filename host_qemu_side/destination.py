@@ -38,8 +38,6 @@ class _Source:
 
     def __init__(self, sock: socket.socket | None, path: str | None) -> None:
         self._socket, self._file = sock, None if path is None else open(path, "rb", buffering=0)  # noqa: SIM115
-        self.name = path or "the source"
-        self.two_way = sock is not None
         if sock is not None:
             sock.settimeout(SILENCE)
 
@@ -109,7 +107,8 @@ def accept(address: str, *, announce: Callable[[str], None] = lambda text: None)
             listener = socket.create_server((host.strip("[]"), int(port)))
             address = f"tcp:{host}:{listener.getsockname()[1]}"
     except OSError as error:
-        raise UsageError(f"cannot listen on {address}: {error.strerror or error}") from error
+        why = (error.strerror or str(error)).partition(" (while")[0]  # the rest only repeats the address
+        raise UsageError(f"cannot listen on {address}: {why}") from error
     announce(address)
     try:
         with listener:
@@ -162,9 +161,7 @@ def receive(source: _Source, receiver: Receiver, *, on_record: Callable[[Receive
             if record is None:
                 data = source.read(min(max(reader.wanted, 1), READ_SIZE))
                 if not data:
-                    raise PeerVanished(
-                        f"the stream from {source.name} ends {reader.position}, while {receiver.state.value}"
-                    )
+                    raise PeerVanished(f"the stream is cut off {reader.position} (state: {receiver.state.value})")
                 reader.feed(data)
                 continue
             answer = receiver.handle(record)
