@@ -11,8 +11,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from balloon_cli.read_back import read_back
 from balloon_dev.profiles import Profile
-from host_qemu_side.migration.engine import Limits, Migration
+from host_qemu_side.migration.engine import Cancelled, Limits, Migration
 from host_qemu_side.migration.output import FileOutput, SocketOutput, connect, parse_address
 from host_qemu_side.python_guest import PythonGuest
 from host_qemu_side.source import Outcome, SourceHost
@@ -53,7 +54,10 @@ class Progress:
         """Tell something in one line."""
 
     def run_begins(self, hints: bool) -> None:
-        """A migration begins."""
+        """A run begins: first the guest boots."""
+
+    def tick(self) -> None:
+        """Time passes; called at least ten times per second while something is waited for."""
 
     def step(self, migration: Migration, witness: Witness, host: SourceHost) -> None:
         """A step of the migration was done."""
@@ -80,6 +84,17 @@ def stop_on_signal() -> Iterator[Callable[[], bool]]:
             signal.signal(which, handler)
 
 
+def ticker(progress: Progress, stopped: Callable[[], bool]) -> Callable[[], None]:
+    """Return what is to be called while something is waited for: it shows progress, and ends the wait on Ctrl-C."""
+
+    def tick() -> None:
+        progress.tick()
+        if stopped():
+            raise Cancelled("interrupted")
+
+    return tick
+
+
 @contextlib.contextmanager
 def spawn_receiver(*arguments: str) -> Iterator[tuple[SocketOutput, subprocess.Popen[bytes]]]:
     """Run ``balloon receive`` as a process of its own at the other end of a socket pair."""
@@ -96,7 +111,11 @@ def spawn_receiver(*arguments: str) -> Iterator[tuple[SocketOutput, subprocess.P
     ]
     with theirs:
         process = subprocess.Popen(
-            command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL
+            command,
+            pass_fds=[theirs.fileno()],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            process_group=0,  # Ctrl-C is for the source: it decides what becomes of the guest
         )
     output = SocketOutput(mine)
     try:
@@ -111,7 +130,7 @@ def spawn_receiver(*arguments: str) -> Iterator[tuple[SocketOutput, subprocess.P
 
 
 def migrate_all(options: MigrateOptions, progress: Progress) -> dict[str, Any]:
-    """Do the migrations asked for; return the result as JSON values (see the README for the schema).
+    """Do the migrations asked for; return the result as JSON values (the schema is in `docs/cli.md`).
 
     Raises
     ------
@@ -133,6 +152,8 @@ def migrate_all(options: MigrateOptions, progress: Progress) -> dict[str, Any]:
                 runs.append(migrate_one(options, hints, progress, stopped))
             finally:
                 progress.run_ends()
+            if stopped():
+                raise Cancelled("interrupted")
     result: dict[str, Any] = {
         "schema_version": 1,
         "guest": options.guest,
@@ -141,7 +162,12 @@ def migrate_all(options: MigrateOptions, progress: Progress) -> dict[str, Any]:
         "seed": options.seed,
         "profile": options.profile.name,
         "free_at": options.free_at,
+        "to": options.to,
+        "batch": options.batch,
+        "warm_up_seconds": options.warm_up,
         "bandwidth_bytes_per_second": options.limits.bandwidth,
+        "downtime_limit_seconds": options.limits.downtime,
+        "max_rounds": options.limits.max_rounds,
         "runs": runs,
         "ratio": None,
     }
@@ -204,10 +230,12 @@ def migrate_python(
     ]
     with SourceHost(profile=options.profile) as host:
         guest = PythonGuest(host.loop, host.backend, host.socket_path, arguments)
+        host.loop.tick = ticker(progress, stopped)
         try:
             progress.say("the guest boots and sets up its workload")
             guest.wait_ready()
             guest.run_for(options.warm_up)
+            host.loop.tick = progress.tick  # from here on the migration itself asks whether to stop
             log = guest.dirty_log(options.dirty_log, host.track_device_writes())
             try:
                 with destination(options, hints) as output:
@@ -221,14 +249,16 @@ def migrate_python(
                         header={"guest": "python", "resume_arguments": resume_arguments},
                         on_step=lambda m, w: progress.step(m, w, host),
                         at_pause=lambda: guest.status,
-                        report_timeout=REPORT_TIMEOUT if options.to == "spawn" else 0.0,
+                        report_timeout=REPORT_TIMEOUT,
                         stop_requested=stopped,
                     )
             except (VirtioError, OSError) as error:
                 raise type(error)(f"{error}{_whole_again(guest, progress)}") from error
             if isinstance(output, FileOutput):
-                _judge_file(outcome, place(options, hints))
+                progress.say("another process reads the file back and goes on with the guest")
+                _judge_file(outcome, output.path, ticker(progress, stopped))
         finally:
+            host.loop.tick = None
             guest.close()
     run = run_as_json(outcome, hints)
     run["dirty_log"] = log.name
@@ -254,9 +284,12 @@ def _hints_freed(guest: PythonGuest) -> bool:
     return int(guest.ask("status", "status")["hinted_pages"]) == 0
 
 
-def _judge_file(outcome: Outcome, path: str) -> None:
+def _judge_file(outcome: Outcome, path: str, tick: Callable[[], None]) -> None:
     """Have another process read the file back, and hold what it found against the source."""
-    del outcome, path
+    digests, facts = read_back(path, tick)
+    if outcome.judge is not None:
+        outcome.verdict = outcome.judge(digests)
+    outcome.report = facts
 
 
 def run_as_json(outcome: Outcome, hints: bool) -> dict[str, Any]:

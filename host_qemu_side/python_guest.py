@@ -81,7 +81,9 @@ class PythonGuest:
             command += ["--ram-fd", str(ram)]
             passed.append(ram)
         with theirs:
-            self.process = subprocess.Popen(command, pass_fds=passed, stdin=subprocess.DEVNULL, env=environment)
+            self.process = subprocess.Popen(
+                command, pass_fds=passed, stdin=subprocess.DEVNULL, env=environment, process_group=0
+            )
         self._control = mine
         self._control.setblocking(False)
         self.pid = self.process.pid

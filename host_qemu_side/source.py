@@ -18,7 +18,7 @@ from balloon_dev.oracle import Verdict
 from balloon_dev.profiles import SPEC, Profile
 from host_qemu_side.discard import Discarder
 from host_qemu_side.loop import WRITE, Loop
-from host_qemu_side.migration.engine import GuestControl, Limits, Migration, MigrationResult
+from host_qemu_side.migration.engine import Cancelled, GuestControl, Limits, Migration, MigrationResult
 from host_qemu_side.migration.output import FileOutput, SocketOutput
 from host_qemu_side.migration.stream import Kind, StreamError, check_header
 from host_qemu_side.vhost_user import VhostUserBackend
@@ -100,6 +100,9 @@ class Outcome:
     guest_at_pause: dict[str, Any] = field(default_factory=dict)
     oracle_seconds: float = 0.0
     """Time the oracle took; not part of the migration's."""
+    judge: Callable[[U64], Verdict] | None = None
+    """Judges page digests of the destination that were got another way (a file does not answer). Valid as long as the
+    guest's journal is open."""
 
 
 class SourceHost:
@@ -204,7 +207,7 @@ class SourceHost:
         """
         assert self.memory is not None
         if isinstance(output, SocketOutput):
-            self._wait_hello(output)
+            self._wait_hello(output, stop_requested)
         clock = MigrationClock()
         witness = Witness(self.memory, self.device, journal, clock)
         outcome = Outcome(MigrationResult())
@@ -256,10 +259,11 @@ class SourceHost:
         self._collect(outcome, migration, witness)
         outcome.oracle_seconds = clock.excluded
         if report_timeout and isinstance(output, SocketOutput):
-            outcome.report = self._wait_report(output, report_timeout)
+            outcome.report = self._wait_report(output, report_timeout, stop_requested)
         return outcome
 
     def _collect(self, outcome: Outcome, migration: Migration, witness: Witness) -> None:
+        outcome.judge = witness.verdict
         parts = [np.frombuffer(r.payload, "<u8") for r in migration.answers if r.kind is Kind.DIGESTS]
         if parts:
             outcome.verdict = witness.verdict(np.concatenate(parts))
@@ -269,11 +273,13 @@ class SourceHost:
         outcome.nonzero_outside_hints = witness.nonzero_outside_hints()
         outcome.pages_rewritten = witness.pages_rewritten()
 
-    def _wait_hello(self, output: SocketOutput) -> None:
+    def _wait_hello(self, output: SocketOutput, stop_requested: Callable[[], bool]) -> None:
         """A destination speaks first: a migration does not begin before somebody is there who understands it."""
         heard: list[dict[str, Any]] = []
 
         def arrived() -> bool:
+            if stop_requested():
+                raise Cancelled("cancelled by the user before it began")
             record = output.answer()
             if record is not None and record.kind is not Kind.HELLO:
                 raise StreamError(f"the destination began with {record.kind.name}, not with HELLO")
@@ -284,10 +290,15 @@ class SourceHost:
 
         self.loop.run_until(arrived, HELLO_TIMEOUT, "the destination to say hello (is it `balloon receive`?)")
 
-    def _wait_report(self, output: SocketOutput, timeout: float) -> dict[str, Any]:
+    def _wait_report(
+        self, output: SocketOutput, timeout: float, stop_requested: Callable[[], bool]
+    ) -> dict[str, Any] | None:
+        """Return what the destination says of the guest; None if the user would not wait."""
         found: list[dict[str, Any]] = []
 
         def arrived() -> bool:
+            if stop_requested():
+                return True
             record = output.answer()
             if record is not None:
                 if record.kind is Kind.REFUSED:
@@ -296,7 +307,7 @@ class SourceHost:
             return bool(found)
 
         self.loop.run_until(arrived, timeout, "the destination to report on the guest")
-        return found[0]
+        return found[0] if found else None
 
 
 def _nothing() -> None:
