@@ -161,8 +161,9 @@ class World:
         self._guest_tools()
         self.driver = BalloonDriver(self.manager, self.transport, features=self.shape.driver_features, **self._options)
         self.driver.probe()
-        self.workload = Workload.create(self.manager, "writer:64K@4M", seed=5)
-        self.workload.setup()
+        self.workload = Workload.create(self.manager, "writer:1M@4M", seed=5)
+        self.workload.setup()  # 1 MiB, so that the first step of a round sends this and nothing else
+        self.manager.alloc_pages_bulk(0, (1 << HINT_ORDER) - 256, Owner.KERNEL)  # what is left is whole blocks
         self.held: dict[int, int] = {int(p): 0 for p in self.workload.pages()}
         """What the guest's programs hold: first page -> order. All of it is written."""
         self.own: list[int] = []
@@ -233,8 +234,16 @@ class World:
 
     def take_back(self, n: int = 1, *, bump: int = 1) -> list[int]:
         """Memory runs short: the shrinker gives hinted blocks back, pages of which are allocated and written."""
-        self.driver._shrink(1)
+        self.shrink(1)
         return self.alloc(0, n, bump=bump)
+
+    def shrink(self, pages: int) -> int:
+        """The shrinker is called: hinted blocks go back to the allocator, and the host is not told."""
+        return self.driver._shrink(pages)
+
+    def touch(self) -> None:
+        """The guest writes one page, so that there is something left to send."""
+        self.manager.write_block(int(self.workload.pages()[0]))
 
     def work(self, seconds: float) -> None:
         """The workload goes on for a while."""
@@ -432,13 +441,26 @@ class World:
         raise Violation("the migration never ends")
 
     def to_round(self, number: int, seconds: float = 1e7) -> None:
-        """Step until that round (0 is the first) has begun; nothing of it is sent yet."""
+        """Step until that round (0 is the first) has begun; nothing of it is sent yet but the workload's pages."""
         for _ in range(5000):
-            assert self.migration is not None
-            if self.migration.phase.value == "round" and len(self.migration.result.rounds) == number + 1:
+            assert self.migration is not None, "the migration ended before that"
+            phase = self.migration.phase.value
+            if phase == "round" and len(self.migration.result.rounds) == number + 1:
                 return
-            self.advance(seconds if number else 0.0)
+            if phase == "round":
+                self.touch()
+            self.advance(seconds if phase == "round" else 0.0)
         raise Violation(f"round {number} never comes")
+
+    def to_end_of_round(self) -> None:
+        """Step until all of the current round is sent; STOP and sync come next."""
+        for _ in range(5000):
+            assert self.migration is not None, "the migration ended before that"
+            assert self.migration.ram is not None
+            if not bitmap.count(self.migration.ram.to_send):
+                return
+            self.advance(1e7)
+        raise Violation("the round never ends")
 
     # -- judging --------------------------------------------------------------------------------------------------
 
