@@ -164,7 +164,7 @@ def same_content_is_no_write() -> Iterator[None]:
     """The dirty log compares pages: a page rewritten with what it held is not reported."""
 
     class CompareLog:
-        name, needs_frozen_guest = "compare", False
+        name, needs_frozen_guest, hints_safe = "compare", False, True
 
         def __init__(self, log: SoftwareDirtyLog, memory: Any) -> None:
             self._log, self.memory, self.last = log._log, memory, None  # `_log`: as the real one has it
