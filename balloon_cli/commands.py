@@ -155,11 +155,12 @@ Exit code 1 says that the oracle or the resumed guest found a wrong page.
 )
 @click.option(
     "--dirty-log",
-    type=click.Choice(["auto", "wp-async", "software"]),
+    type=click.Choice(["auto", "wp-async", "software", "cachestat"]),
     default="auto",
     show_default=True,
     help="How written pages are found; see `balloon doctor`.",
 )
+@click.option("--work-dir", default="", metavar="FOLDER", help="For the Linux guest's RAM file; on ext4 or xfs.")
 @click.option(
     "--profile",
     type=click.Choice(sorted(PROFILES)),
@@ -211,6 +212,8 @@ def _check_values(ctx: click.Context, options: dict[str, Any]) -> None:
         except UsageError as error:
             text = str(error) if FORMS in str(error) else f"{error}; valid are: {FORMS}"
             raise click.BadParameter(text, param_hint="--workload") from error
+        if options["dirty_log"] == "cachestat":
+            raise click.BadParameter("cachestat is for --guest linux", param_hint="--dirty-log")
     if options["to"] == "spawn":
         return
     try:
@@ -309,16 +312,18 @@ def receive(
     epilog="""\b
 Examples:
   balloon doctor
-  balloon doctor --work-dir /var/tmp --json
+  balloon doctor --work-dir ~/guests --json
 """
 )
 @click.option(
     "--work-dir",
     type=click.Path(path_type=Path),
-    help="Where the memory files of Linux guests would lie.  [default: where temporary files go]",
+    default=Path("/var/tmp"),
+    show_default=True,
+    help="Where the memory files of Linux guests would lie.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the findings as one JSON object on stdout.")
-def doctor(work_dir: Path | None, as_json: bool) -> None:
+def doctor(work_dir: Path, as_json: bool) -> None:
     """Say what this machine can do, and what to install for the rest.
 
     Exit code 0 if an embedded Python guest can be migrated with hints, 3 if not even that.

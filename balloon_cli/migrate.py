@@ -40,6 +40,8 @@ class MigrateOptions:
     profile: Profile
     seed: int
     batch: int = 64
+    work_dir: str = ""
+    """Folder for the Linux guest's RAM file and what is built for it."""
     warm_up: float = 1.0
     """Seconds the guest runs with its workload before the migration."""
     verbose: bool = False
@@ -138,12 +140,16 @@ def migrate_all(options: MigrateOptions, progress: Progress) -> dict[str, Any]:
     parse = {"on": [True], "off": [False], "both": [False, True]}[options.hints]
     if options.to != "spawn":
         parse_address(options.to)
+    if options.guest == "linux":
+        from balloon_cli.migrate_linux import migrate_linux as migrate_one
+    else:
+        migrate_one = migrate_python
     runs = []
     with stop_on_signal() as stopped:
         for hints in parse:
             progress.run_begins(hints)
             try:
-                runs.append(migrate_python(options, hints, progress, stopped))
+                runs.append(migrate_one(options, hints, progress, stopped))
             finally:
                 progress.run_ends()
             if stopped():
@@ -250,7 +256,7 @@ def migrate_python(
                 raise type(error)(f"{error}{_whole_again(guest, progress)}") from error
             if isinstance(output, FileOutput):
                 progress.say("another process reads the file back and goes on with the guest")
-                _judge_file(outcome, output.path, ticker(progress, stopped))
+                judge_file(outcome, output.path, ticker(progress, stopped))
         finally:
             host.loop.tick = None
             guest.close()
@@ -278,12 +284,13 @@ def _hints_freed(guest: PythonGuest) -> bool:
     return int(guest.ask("status", "status")["hinted_pages"]) == 0
 
 
-def _judge_file(outcome: Outcome, path: str, tick: Callable[[], None]) -> None:
-    """Have another process read the file back, and hold what it found against the source."""
+def judge_file(outcome: Outcome, path: str, tick: Callable[[], None]) -> dict[str, Any]:
+    """Have another process read the file back, and hold what it found against the source; return what it said."""
     digests, facts = read_back(path, tick)
     if outcome.judge is not None:
         outcome.verdict = outcome.judge(digests)
-    outcome.report = facts
+    outcome.report = facts["resumed"]
+    return facts
 
 
 def run_as_json(outcome: Outcome, hints: bool) -> dict[str, Any]:

@@ -11,10 +11,12 @@ from typing import Any
 
 from guest_driver.process import die_with_parent as bind_to_parent
 from host_qemu_side.destination import accept, receive, resume
+from host_qemu_side.linux_guest import tags
 from host_qemu_side.migration.output import parse_address
-from host_qemu_side.migration.receiver import Receiver, ReceiverState, digests_of
+from host_qemu_side.migration.receiver import Receiver, ReceiverState
 from host_qemu_side.migration.stream import StreamError
-from vring.errors import PeerVanished, VirtioError
+from vring.contents import digests_of
+from vring.errors import PeerVanished, UsageError, VirtioError
 
 __all__ = ["ReceiveOptions", "receive_guest"]
 
@@ -85,7 +87,7 @@ def receive_guest(options: ReceiveOptions, say: Callable[[str], None] = lambda t
         source = accept(
             options.address, announce=lambda where: say(f"waiting for a migration at {where} (Ctrl-C to stop)")
         )
-        receiver = Receiver()
+        receiver = Receiver(inspect=_inspect)
         facts: dict[str, Any] = {}
         try:
             try:
@@ -123,6 +125,7 @@ def _facts(receiver: Receiver, options: ReceiveOptions) -> dict[str, Any]:
         "zero_pages_received": receiver.zero_pages,
         "rounds": receiver.rounds,
         "resumed": None,
+        **receiver.inspected,
     }
 
 
@@ -199,3 +202,24 @@ def _with_place(error: VirtioError, address: str, receiver: Receiver) -> VirtioE
     if isinstance(error, PeerVanished):
         return PeerVanished(text)
     return StreamError(text) if isinstance(error, StreamError) else error
+
+
+def _inspect(receiver: Receiver) -> dict[str, Any]:
+    """Judge what can be judged of an image alone: a Linux guest's tagged pages."""
+    if receiver.header.get("guest") != "linux" or receiver.memory is None:
+        return {}
+    try:
+        report = tags.scan(receiver.memory.arrays[0], int(receiver.header["tag_nonce"]))
+    except (UsageError, KeyError, ValueError) as error:
+        return {"tags": {"error": str(error)}}
+    return {
+        "tags": {
+            "pages": report.count,
+            "found": report.found,
+            "missing": len(report.missing),
+            "stale": len(report.stale),
+            "torn": len(report.torn),
+            "updates": report.updates,
+            "ok": report.ok,
+        }
+    }

@@ -38,6 +38,9 @@ def findings(result: dict[str, Any]) -> list[str]:
             found.append(f"{name}: {oracle['pages_wrong']:,} of {oracle['pages_checked']:,} pages are wrong")
             found += [f"{name}: {text}" for text in oracle["wrong"]]
         found += [f"{name}: {text}" for text in resumed_findings(run["resumed"])]
+        tags = run.get("linux", {}).get("tags")
+        if tags and not tags.get("ok"):
+            found.append(f"{name}: the Linux guest's tagged pages are not what they have to be: {tags}")
     return found
 
 
@@ -67,7 +70,7 @@ _ROWS: list[tuple[str, Callable[[dict[str, Any]], str]]] = [
     ("pages of zeros", lambda r: _pages(r["pages"]["zero"])),
     ("pages skipped by hint", lambda r: _pages(r["pages"]["skipped"])),
     ("hint runs", _hint_runs),
-    ("pages rewritten meanwhile", lambda r: _pages(r["pages_rewritten"])),
+    ("pages rewritten meanwhile", lambda r: "?" if "linux" in r else _pages(r["pages_rewritten"])),
 ]
 _RATIOS = {
     "total time": lambda r: r["total_seconds"],
@@ -150,6 +153,17 @@ def resumed_text(resumed: dict[str, Any] | None) -> Text:
     return text
 
 
+def _linux_text(facts: dict[str, Any]) -> Text:
+    """Return in words what is known of a Linux guest, which goes on at the source."""
+    text, tags = Text("  Linux guest: "), facts["tags"]
+    if tags and not tags.get("ok"):
+        return text.append("WRONG: ", "bold red").append(f"its tagged pages in the image: {tags}")
+    if tags:
+        text.append("good: ", "bold green")
+        text.append(f"{tags['found']:,} of {tags['pages']:,} tagged pages found in the image, none stale or torn; ")
+    return text.append("it goes on at the source and answers" if facts["alive_after"] else "it does not answer")
+
+
 def print_migration(result: dict[str, Any], console: Console, *, verbose: int = 0) -> None:
     """Print the result of `balloon_cli.migrate.migrate_all`.
 
@@ -178,6 +192,9 @@ def print_migration(result: dict[str, Any], console: Console, *, verbose: int = 
         if run["oracle"]:
             for line in run["oracle"]["wrong"]:
                 console.print(Text(f"  {line}", "red"), soft_wrap=True)
+        if "linux" in run:
+            console.print(_linux_text(run["linux"]), soft_wrap=True)
+            continue
         console.print(Text("  resumed guest: ").append_text(resumed_text(run["resumed"])), soft_wrap=True)
 
 

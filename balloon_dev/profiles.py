@@ -57,7 +57,9 @@ class Profile:
 
 SPEC = Profile("spec", QueueNumbering.FIXED, config_shows_id_while_running=True)
 QEMU = Profile("qemu", QueueNumbering.DENSE_OFFERED, config_shows_id_while_running=False)
-LINUX = Profile("linux", QueueNumbering.DENSE_NEGOTIATED, config_shows_id_while_running=True)
+LINUX = Profile(
+    "linux", QueueNumbering.DENSE_NEGOTIATED, config_shows_id_while_running=True, queue_sizes=(256, 256, 256, 256, 256)
+)
 
 PROFILES = {profile.name: profile for profile in (SPEC, QEMU, LINUX)}
 

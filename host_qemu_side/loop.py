@@ -34,6 +34,10 @@ class Loop:
         if fd >= 0 and fd in self._selector.get_map():
             self._selector.unregister(fd)
 
+    def filenos(self) -> list[int]:
+        """Return all descriptors watched, for a caller with a wait of its own."""
+        return [key.fd for key in self._selector.get_map().values()]
+
     def run_once(self, timeout: float = 0.0) -> None:
         """Serve what is ready, waiting for at most `timeout` seconds for something to become so."""
         for key, _ in self._selector.select(max(timeout, 0.0)):

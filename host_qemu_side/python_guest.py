@@ -21,55 +21,18 @@ from typing import Any
 from balloon_dev.journal import Journal
 from host_qemu_side.loop import Loop
 from host_qemu_side.vhost_user import VhostUserBackend
-from vring import bitmap
-from vring.bitmap import Bitmap
 from vring.dirty import DirtyLog
+from vring.dirty.combined import CombinedLog
 from vring.dirty.software import SoftwareDirtyLog
 from vring.dirty.wp_async import TrackedRange, WpAsyncDirtyLog
 from vring.errors import PeerVanished, UsageError
-from vring.memory import PAGE_SHIFT, GuestMemory
+from vring.memory import GuestMemory
 
-__all__ = ["CombinedLog", "PythonGuest"]
+__all__ = ["PythonGuest"]
 
 log = logging.getLogger(__name__)
 MAX_MESSAGE = 1 << 16
 PAUSE_TIMEOUT = 10.0
-
-
-class CombinedLog:
-    """Several logs as one: what the guest wrote, what the device wrote, what is always counted as written.
-
-    Parameters
-    ----------
-    name
-        Short name.
-    logs
-        The logs; their findings are added up.
-    always
-        ``(gpa, bytes)`` ranges that every sync reports.
-    """
-
-    def __init__(self, name: str, logs: list[DirtyLog], always: list[tuple[int, int]] | None = None) -> None:
-        self.name = name
-        self._logs = logs
-        self._always = [(gpa >> PAGE_SHIFT, size >> PAGE_SHIFT) for gpa, size in always or []]
-        self.needs_frozen_guest = any(part.needs_frozen_guest for part in logs)
-
-    def start(self) -> None:
-        """Begin to track in every log."""
-        for part in self._logs:
-            part.start()
-
-    def sync(self, into: Bitmap) -> int:
-        """Or what all logs found into `into`."""
-        for first, pages in self._always:
-            bitmap.set_run(into, first, pages)
-        return sum(part.sync(into) for part in self._logs)
-
-    def stop(self) -> None:
-        """End tracking."""
-        for part in self._logs:
-            part.stop()
 
 
 class PythonGuest:

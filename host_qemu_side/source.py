@@ -234,7 +234,7 @@ class SourceHost:
             observer=witness,
             hand_over=hand_over,
         )
-        migration.result.hints_refused = refused
+        migration.result.hints_refused = refused or migration.result.hints_refused
         outcome.result = migration.result
         watched = output.fileno() if isinstance(output, SocketOutput) else -1
         try:

@@ -14,7 +14,7 @@ import numpy.typing as npt
 from balloon_dev.device import BalloonDevice
 from balloon_dev.journal import Journal
 from balloon_dev.oracle import Oracle, Verdict
-from host_qemu_side.migration.receiver import digests_of
+from vring.contents import digests_of
 from vring.memory import PAGE_SHIFT, GuestMemory
 
 __all__ = ["MigrationClock", "Witness"]

@@ -14,8 +14,8 @@ from types import SimpleNamespace
 import numpy as np
 import numpy.typing as npt
 import pytest
-from vring._vring import lib
 
+from vring._vring import lib
 from vring.bitmap import words
 from vring.dirty import DirtyLogVoid
 from vring.dirty.cachestat import CachestatLog

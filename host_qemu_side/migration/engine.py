@@ -23,7 +23,7 @@ import numpy.typing as npt
 from host_qemu_side.migration.ram import RamState
 from host_qemu_side.migration.stream import VERSION, Kind, Record, StreamError, StreamWriter
 from vring import bitmap
-from vring.dirty import DirtyLog, DirtyLogVoid
+from vring.dirty import DirtyLog, DirtyLogVoid, LearnsWhatWasSent
 from vring.errors import UsageError, VirtioError
 from vring.memory import PAGE_SIZE, GuestMemory
 
@@ -254,6 +254,12 @@ class Migration:
         self.answers: list[Record] = []
         """Records the destination sent before READY, READY itself last."""
         self.frozen = False
+        if hints is not None and not log.hints_safe:
+            self.hints, self.result.hints_refused = (
+                None,
+                f"the dirty log {log.name!r} cannot see a same-content rewrite",
+            )
+        self._learner = log if isinstance(log, LearnsWhatWasSent) else None
         self._header, self._state = header or {}, state
         self._writer = StreamWriter()
         self._ram: RamState | None = None
@@ -405,6 +411,9 @@ class Migration:
                 self._queue(self._writer.pages(pages, contents))
             if len(zeros):
                 self._queue(self._writer.zeros(zeros))
+            if self._learner is not None:
+                self._learner.note_sent(pages, contents)
+                self._learner.note_sent(zeros)
             self._round.pages_normal += len(pages)
             self._round.pages_zero += len(zeros)
             yield from self._drain()
@@ -526,6 +535,8 @@ class Migration:
         assert self._ram is not None
         dirty = bitmap.empty(self.memory.page_span)
         voided = None
+        if self._learner is not None:
+            self._learner.note_hinted(self._ram.skipped)
         try:
             self.log.sync(dirty)
         except DirtyLogVoid as reason:

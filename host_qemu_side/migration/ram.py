@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import errno
-import os
-
 import numpy as np
 import numpy.typing as npt
 
@@ -12,39 +9,12 @@ from host_qemu_side.migration.stream import MAX_PAGES
 from vring import bitmap
 from vring._vring import ffi, lib
 from vring.bitmap import Bitmap
+from vring.contents import populated
 from vring.memory import PAGE_SHIFT, PAGE_SIZE, GuestMemory
 
-__all__ = ["RamState", "populated"]
+__all__ = ["RamState"]
 
 MAX_ZEROS = 1 << 16
-
-
-def populated(memory: GuestMemory) -> Bitmap:
-    """Return the pages that have memory behind them, by walking SEEK_DATA; nothing is read, so nothing is allocated.
-
-    Regions without a descriptor (an emulator's own buffers) count as populated throughout.
-    """
-    present = bitmap.empty(memory.page_span)
-    for region in memory.regions:
-        if region.fd < 0:
-            bitmap.set_run(present, region.gpa >> PAGE_SHIFT, region.size >> PAGE_SHIFT)
-            continue
-        at, end = region.offset, region.offset + region.size
-        while at < end:
-            try:
-                data = os.lseek(region.fd, at, os.SEEK_DATA)
-            except OSError as error:
-                if error.errno == errno.ENXIO:  # only a hole up to the end of the file
-                    break
-                raise
-            if data >= end:
-                break
-            hole = min(os.lseek(region.fd, data, os.SEEK_HOLE), end)
-            first = (data - region.offset + region.gpa) >> PAGE_SHIFT
-            last = (hole - region.offset + region.gpa + PAGE_SIZE - 1) >> PAGE_SHIFT
-            bitmap.set_run(present, first, last - first)
-            at = hole
-    return present
 
 
 class RamState:

@@ -10,29 +10,15 @@ from collections.abc import Callable
 from enum import Enum
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-
 from host_qemu_side.discard import punch_hole
-from host_qemu_side.migration.ram import populated
 from host_qemu_side.migration.stream import VERSION, Kind, Record, StreamError, StreamWriter, check_header
-from vring import bitmap
+from vring.contents import digests_of
 from vring.errors import UsageError
 from vring.memory import PAGE_SHIFT, PAGE_SIZE, GuestMemory
 
-__all__ = ["Receiver", "ReceiverState", "digests_of"]
+__all__ = ["Receiver", "ReceiverState"]
 
 DIGESTS_PER_RECORD = 1 << 20
-
-
-def digests_of(memory: GuestMemory, out: npt.NDArray[np.uint64] | None = None) -> npt.NDArray[np.uint64]:
-    """Return one digest per page of `memory` (holes between regions: 0); holes of a sparse object are not read."""
-    digests = np.zeros(memory.page_span, np.uint64) if out is None else out
-    present = populated(memory)
-    for region in memory.regions:
-        first, pages = region.gpa >> PAGE_SHIFT, region.size >> PAGE_SHIFT
-        bitmap.digest_pages(memory.host_address(region.gpa), pages, digests[first : first + pages], present, first)
-    return digests
 
 
 class ReceiverState(Enum):
@@ -56,12 +42,19 @@ class Receiver:
         Of the memory object, shown in ``/proc/PID/maps``.
     digests
         Whether to send the digest of every page before READY, for an oracle at the source.
+    inspect
+        Called with the complete memory; what it returns goes into READY. JSON values.
     clock
         Tells how long the digests took, seconds: the source does not count that as downtime.
     """
 
     def __init__(
-        self, name: str = "migrated-ram", *, digests: bool = True, clock: Callable[[], float] = time.monotonic
+        self,
+        name: str = "migrated-ram",
+        *,
+        digests: bool = True,
+        inspect: Callable[[Receiver], dict[str, Any]] = lambda receiver: {},
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.state = ReceiverState.HEADER
         self.header: dict[str, Any] = {}
@@ -71,11 +64,12 @@ class Receiver:
         self.zero_pages = 0
         self.rounds = 0
         self.cancelled: str | None = None
-        self.extra: dict[str, Any] = {}
-        """Put into READY, JSON values."""
+        self.inspected: dict[str, Any] = {}
+        """What `inspect` returned."""
         self.writer = StreamWriter()
         self._name = name
         self._digests = digests
+        self._inspect = inspect
         self._clock = clock
 
     def hello(self) -> list[bytes | memoryview]:
@@ -164,8 +158,9 @@ class Receiver:
             digests = digests_of(self.memory)
             for at in range(0, len(digests), DIGESTS_PER_RECORD):
                 answer += self.writer.digests(digests[at : at + DIGESTS_PER_RECORD])
+        self.inspected = self._inspect(self)
         facts = {"pages": self.pages, "zero_pages": self.zero_pages, "digest_seconds": self._clock() - began}
-        answer += self.writer.json(Kind.READY, {**facts, **self.extra})
+        answer += self.writer.json(Kind.READY, {**self.inspected, **facts})
         self.state = ReceiverState.READY if self.header.get("hand_over") else ReceiverState.IMAGE
         return answer
 

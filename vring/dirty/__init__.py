@@ -6,11 +6,14 @@ emulator brings its own, or marks a `SoftwareDirtyLog` as it stores.
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+import numpy.typing as npt
 
 from vring.bitmap import Bitmap
 
-__all__ = ["Bitmap", "DirtyLog", "DirtyLogVoid"]
+__all__ = ["Bitmap", "DirtyLog", "DirtyLogVoid", "LearnsWhatWasSent"]
 
 
 class DirtyLogVoid(Exception):
@@ -30,6 +33,8 @@ class DirtyLog(Protocol):
 
     name: str
     """Short name, as given to ``--dirty-log``."""
+    hints_safe: bool
+    """Whether it sees a page rewritten with the same content. Without that a hint could lose data and is refused."""
     needs_frozen_guest: bool
     """Whether the guest must not run during `start` and `sync`."""
 
@@ -53,3 +58,14 @@ class DirtyLog(Protocol):
 
     def stop(self) -> None:
         """End tracking and give back what it used. May be called at any time, more than once."""
+
+
+@runtime_checkable
+class LearnsWhatWasSent(Protocol):
+    """A log that judges better when it knows what the destination has; a migration tells it."""
+
+    def note_sent(self, pages: npt.NDArray[np.uint64], data: Any = None) -> None:
+        """Learn that these pages were sent with these bytes (None: as zero pages)."""
+
+    def note_hinted(self, pages: Bitmap) -> None:
+        """Learn that these pages were skipped because of hints."""

@@ -87,6 +87,7 @@ class CachestatLog:
 
     name = "cachestat"
     needs_frozen_guest = True
+    hints_safe = True
 
     def __init__(self, memory: GuestMemory, *, canary_pages: int = _CANARY_PAGES) -> None:
         if canary_pages < 1:

@@ -36,6 +36,7 @@ class SoftwareDirtyLog:
 
     name = "software"
     needs_frozen_guest = False
+    hints_safe = True
 
     def __init__(self, pages: int, fd: int | None = None) -> None:
         self.pages = pages

@@ -84,6 +84,7 @@ class WpAsyncDirtyLog:
 
     name = "wp-async"
     needs_frozen_guest = False
+    hints_safe = True
 
     def __init__(self, pid: int, ranges: Sequence[TrackedRange], pages: int) -> None:
         self.pages = pages
