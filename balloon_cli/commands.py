@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -217,9 +218,11 @@ def _check_values(ctx: click.Context, options: dict[str, Any]) -> None:
     if options["to"] == "spawn":
         return
     try:
-        kind, _ = parse_address(options["to"])
+        kind, rest = parse_address(options["to"])
     except UsageError as error:
         raise click.BadParameter(f"{error}, or spawn", param_hint="--to") from error
+    if kind == "file" and not os.access(Path(rest).parent, os.W_OK):
+        raise click.BadParameter(f"cannot write {rest}: no such folder, or no permission", param_hint="--to")
     if kind != "file" and options["hints"] == "both":
         if ctx.get_parameter_source("hints") is ParameterSource.COMMANDLINE:
             raise click.BadParameter(
