@@ -161,13 +161,18 @@ Exit code 1 says that the oracle or the resumed guest found a wrong page.
     show_default=True,
     help="How written pages are found; see `balloon doctor`.",
 )
-@click.option("--work-dir", default="", metavar="FOLDER", help="For the Linux guest's RAM file; on ext4 or xfs.")
 @click.option(
     "--profile",
     type=click.Choice(sorted(PROFILES)),
     default="spec",
     show_default=True,
     help="Whose reading of the standard the device follows.",
+)
+@click.option(
+    "--work-dir",
+    default="",
+    metavar="FOLDER",
+    help="For the Linux guest's RAM file: a folder on ext4 or xfs. Default: one in /var/tmp.",
 )
 @click.option("--seed", type=int, default=1, show_default=True, help="Of the guest's contents and choices.")
 @click.option(

@@ -114,6 +114,27 @@ def receive_guest(options: ReceiveOptions, say: Callable[[str], None] = lambda t
     return facts
 
 
+def _inspect(receiver: Receiver) -> dict[str, Any]:
+    """Judge what can be judged of an image alone: a Linux guest's tagged pages."""
+    if receiver.header.get("guest") != "linux" or receiver.memory is None:
+        return {}
+    try:
+        report = tags.scan(receiver.memory.arrays[0], int(receiver.header["tag_nonce"]))
+    except (UsageError, KeyError, ValueError) as error:
+        return {"tags": {"error": str(error)}}
+    return {
+        "tags": {
+            "pages": report.count,
+            "found": report.found,
+            "missing": len(report.missing),
+            "stale": len(report.stale),
+            "torn": len(report.torn),
+            "updates": report.updates,
+            "ok": report.ok,
+        }
+    }
+
+
 def _facts(receiver: Receiver, options: ReceiveOptions) -> dict[str, Any]:
     return {
         "schema_version": 1,
@@ -202,24 +223,3 @@ def _with_place(error: VirtioError, address: str, receiver: Receiver) -> VirtioE
     if isinstance(error, PeerVanished):
         return PeerVanished(text)
     return StreamError(text) if isinstance(error, StreamError) else error
-
-
-def _inspect(receiver: Receiver) -> dict[str, Any]:
-    """Judge what can be judged of an image alone: a Linux guest's tagged pages."""
-    if receiver.header.get("guest") != "linux" or receiver.memory is None:
-        return {}
-    try:
-        report = tags.scan(receiver.memory.arrays[0], int(receiver.header["tag_nonce"]))
-    except (UsageError, KeyError, ValueError) as error:
-        return {"tags": {"error": str(error)}}
-    return {
-        "tags": {
-            "pages": report.count,
-            "found": report.found,
-            "missing": len(report.missing),
-            "stale": len(report.stale),
-            "torn": len(report.torn),
-            "updates": report.updates,
-            "ok": report.ok,
-        }
-    }

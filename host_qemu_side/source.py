@@ -60,8 +60,10 @@ class BackendHints:
         """Whether a run is requested or started."""
         return self._device.hinting.active
 
-    def start(self) -> int:
-        """Issue a new id and tell the driver."""
+    def start(self) -> int | None:
+        """Issue a new id and tell the driver; None if the driver is gone."""
+        if not self._device.hinting_negotiated:
+            return None
         command_id = self._device.start_hinting()
         self._backend.deliver()
         return command_id

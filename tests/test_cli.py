@@ -529,8 +529,10 @@ def test_ctrl_c_cancels_within_5_seconds_and_leaves_nothing_behind(moment: str) 
 
 
 def test_ctrl_c_while_it_loads_is_no_traceback() -> None:
-    for delay in (0.1, 0.25):
+    for delay in (0.0, 0.05, 0.1, 0.15):
         process = subprocess.Popen([*BALLOON, "migrate"], stderr=subprocess.PIPE, text=True, start_new_session=True)
+        while "numpy" not in Path(f"/proc/{process.pid}/maps").read_text():
+            time.sleep(0.001)
         time.sleep(delay)
         children = descendants(process.pid)
         os.killpg(process.pid, signal.SIGINT)

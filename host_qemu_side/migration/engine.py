@@ -12,6 +12,7 @@ counts until the next id.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import asdict, dataclass, field
 from enum import Enum
@@ -103,8 +104,8 @@ class HintPort(Protocol):
     def running(self) -> bool:
         """Whether a run is requested or started, and not yet ended by either side."""
 
-    def start(self) -> int:
-        """Issue a new command id and tell the driver; return it."""
+    def start(self) -> int | None:
+        """Issue a new command id and tell the driver; return it, None if there is no driver now that takes hints."""
 
     def stop(self) -> None:
         """End the run; the guest keeps its pages."""
@@ -330,18 +331,20 @@ class Migration:
         """After a failure: whatever was begun is ended, the guest gets DONE and goes on."""
         committed = self.phase is Phase.COMMITTED
         self.phase = Phase.CANCELLED if isinstance(error, Cancelled) else Phase.FAILED
-        try:
-            self.log.stop()
-            if not committed:
-                if self.hints is not None:
-                    self.hints.sink = None
-                    self.hints.done()
-                if self.frozen:
-                    self._thaw()
-                self.output.send(self._writer.json(Kind.CANCEL, {"why": str(error)}))
-                self.output.flush()
-        except (VirtioError, OSError):
-            pass  # the first error is the one to tell
+        steps: list[Callable[[], object]] = [self.log.stop]
+        if not committed:
+            if self.hints is not None:
+                steps += [self._forget_hints, self.hints.done]
+            if self.frozen:
+                steps.append(self._thaw)
+            steps += [lambda: self.output.send(self._writer.json(Kind.CANCEL, {"why": str(error)})), self.output.flush]
+        for step in steps:  # each one whatever became of those before it: a log that fails must not cost the guest
+            with contextlib.suppress(VirtioError, OSError):  # the first error is the one to tell
+                step()
+
+    def _forget_hints(self) -> None:
+        if self.hints is not None:
+            self.hints.sink = None
 
     # -- the script -----------------------------------------------------------------------------------------------
 
@@ -388,8 +391,9 @@ class Migration:
         self._round_since = self._now
         self.result.rounds.append(self._round)
         self._ram.rewind()
-        if self.hints is not None:
-            self._run = HintRunStats(self.hints.start())
+        command_id = self.hints.start() if self.hints is not None else None
+        if command_id is not None:  # None too while the guest has unloaded its driver: this round does without
+            self._run = HintRunStats(command_id)
             self._run_since = self._now
             self.result.hint_runs.append(self._run)
             if self.observer is not None:
