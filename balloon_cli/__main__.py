@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 
 __all__ = ["main"]
@@ -19,8 +20,9 @@ def main(arguments: list[str] | None = None) -> None:
         print(f"balloon: not completely installed: {error}; run `pip install -e .` or ./run build", file=sys.stderr)
         code = MISSING
     except KeyboardInterrupt:
-        print("balloon: interrupted", file=sys.stderr)
-        code = INTERRUPTED
+        print("balloon: interrupted", file=sys.stderr, flush=True)
+        # Not sys.exit: a KeyboardInterrupt inside exec(), as dataclasses do it, makes CPython die of SIGINT.
+        os._exit(INTERRUPTED)
     sys.exit(code)
 
 

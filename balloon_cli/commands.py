@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -155,7 +156,7 @@ Exit code 1 says that the oracle or the resumed guest found a wrong page.
 )
 @click.option(
     "--dirty-log",
-    type=click.Choice(["auto", "wp-async", "software"]),
+    type=click.Choice(["auto", "wp-async", "software", "cachestat"]),
     default="auto",
     show_default=True,
     help="How written pages are found; see `balloon doctor`.",
@@ -170,7 +171,7 @@ Exit code 1 says that the oracle or the resumed guest found a wrong page.
 @click.option(
     "--work-dir",
     default="",
-    metavar="DIR",
+    metavar="FOLDER",
     help="For the Linux guest's RAM file: a folder on ext4 or xfs. Default: one in /var/tmp.",
 )
 @click.option("--seed", type=int, default=1, show_default=True, help="Of the guest's contents and choices.")
@@ -217,12 +218,16 @@ def _check_values(ctx: click.Context, options: dict[str, Any]) -> None:
         except UsageError as error:
             text = str(error) if FORMS in str(error) else f"{error}; valid are: {FORMS}"
             raise click.BadParameter(text, param_hint="--workload") from error
+        if options["dirty_log"] == "cachestat":
+            raise click.BadParameter("cachestat is for --guest linux", param_hint="--dirty-log")
     if options["to"] == "spawn":
         return
     try:
-        kind, _ = parse_address(options["to"])
+        kind, rest = parse_address(options["to"])
     except UsageError as error:
         raise click.BadParameter(f"{error}, or spawn", param_hint="--to") from error
+    if kind == "file" and not os.access(Path(rest).parent, os.W_OK):
+        raise click.BadParameter(f"cannot write {rest}: no such folder, or no permission", param_hint="--to")
     if kind != "file" and options["hints"] == "both":
         if ctx.get_parameter_source("hints") is ParameterSource.COMMANDLINE:
             raise click.BadParameter(
@@ -315,16 +320,18 @@ def receive(
     epilog="""\b
 Examples:
   balloon doctor
-  balloon doctor --work-dir /var/tmp --json
+  balloon doctor --work-dir ~/guests --json
 """
 )
 @click.option(
     "--work-dir",
     type=click.Path(path_type=Path),
-    help="Where the memory files of Linux guests would lie.  [default: where temporary files go]",
+    default=Path("/var/tmp"),
+    show_default=True,
+    help="Where the memory files of Linux guests would lie.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the findings as one JSON object on stdout.")
-def doctor(work_dir: Path | None, as_json: bool) -> None:
+def doctor(work_dir: Path, as_json: bool) -> None:
     """Say what this machine can do, and what to install for the rest.
 
     Exit code 0 if an embedded Python guest can be migrated with hints, 3 if not even that.

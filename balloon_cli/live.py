@@ -158,8 +158,9 @@ class PlainProgress(Progress):
             why = "" if result.converged else f", not converged after {len(result.rounds) - 1} rounds"
             self.emit(f"guest frozen{why}: {left:,} pages left to send ({format_size(left * PAGE_SIZE)})")
         elif phase is Phase.DONE:
+            what = "handed over" if migration.hand_over else "image complete, the guest goes on here,"
             self.emit(
-                f"handed over after {result.total_seconds:.2f} s, downtime {result.downtime_seconds * 1000:.0f} ms, "
+                f"{what} after {result.total_seconds:.2f} s, downtime {result.downtime_seconds * 1000:.0f} ms, "
                 f"{format_size(result.bytes_sent)} sent"
             )
 

@@ -256,7 +256,7 @@ def migrate_python(
                 raise type(error)(f"{error}{_whole_again(guest, progress)}") from error
             if isinstance(output, FileOutput):
                 progress.say("another process reads the file back and goes on with the guest")
-                _judge_file(outcome, output.path, ticker(progress, stopped))
+                judge_file(outcome, output.path, ticker(progress, stopped))
         finally:
             host.loop.tick = None
             guest.close()
@@ -284,12 +284,13 @@ def _hints_freed(guest: PythonGuest) -> bool:
     return int(guest.ask("status", "status")["hinted_pages"]) == 0
 
 
-def _judge_file(outcome: Outcome, path: str, tick: Callable[[], None]) -> None:
-    """Have another process read the file back, and hold what it found against the source."""
+def judge_file(outcome: Outcome, path: str, tick: Callable[[], None]) -> dict[str, Any]:
+    """Have another process read the file back, and hold what it found against the source; return what it said."""
     digests, facts = read_back(path, tick)
     if outcome.judge is not None:
         outcome.verdict = outcome.judge(digests)
-    outcome.report = facts
+    outcome.report = facts["resumed"]
+    return facts
 
 
 def run_as_json(outcome: Outcome, hints: bool) -> dict[str, Any]:

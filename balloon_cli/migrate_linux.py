@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from balloon_cli.migrate import MigrateOptions, Progress, destination, run_as_json
+from balloon_cli.migrate import MigrateOptions, Progress, destination, judge_file, run_as_json, ticker
 from balloon_dev.features import QueueRole
 from balloon_dev.hinting import HintState
 from balloon_dev.profiles import LINUX
@@ -22,6 +22,7 @@ from host_qemu_side.linux_guest import LinuxGuest
 from host_qemu_side.linux_guest.handle import LinuxGuestHandle
 from host_qemu_side.linux_guest.initramfs import build, verify_package
 from host_qemu_side.migration.engine import Migration
+from host_qemu_side.migration.output import FileOutput
 from host_qemu_side.source import SourceHost
 from host_qemu_side.witness import Witness
 from vring.errors import PeerVanished, UsageError, VirtioError
@@ -97,11 +98,14 @@ def migrate_linux(
     progress.say(f"{package.package} {package.version}, kernel {package.release}, dpkg -V clean: {package.clean}")
     folder = Path(options.work_dir) if options.work_dir else Path(f"/var/tmp/virtio-balloon-{os.getuid()}")
     with contextlib.ExitStack() as stack:
+        end_on_signal = ticker(progress, stopped)
         host = stack.enter_context(SourceHost(profile=LINUX))
         initramfs = build(folder)
         guest = LinuxGuest(options.memory, folder, host.socket_path, initramfs=initramfs, watch=host.loop.filenos)
         handle = LinuxGuestHandle(guest, host.backend)
         stack.enter_context(guest)
+        stack.callback(setattr, host.loop, "tick", None)  # before the guest is ended, which takes a while
+        host.loop.tick = end_on_signal
         progress.say("the Linux guest boots")
         guest.wait_ready(60.0, handle.serve)
         guest.load_balloon(handle.serve)
@@ -120,6 +124,7 @@ def migrate_linux(
             memory.look(migration, witness)
             progress.step(migration, witness, host)
 
+        host.loop.tick = progress.tick  # from here on the migration itself asks whether to stop
         log, refusal = handle.dirty_log(host.track_device_writes())
         try:
             with destination(options, hints) as output:
@@ -142,6 +147,10 @@ def migrate_linux(
             outcome.result.hints_refused = refusal
             progress.say(f"hints refused: {refusal}")
         memory.settle()
+        tags = outcome.ready.get("tags")
+        if isinstance(output, FileOutput):
+            host.loop.tick = end_on_signal
+            tags = judge_file(outcome, output.path, handle.serve).get("tags")
         alive = guest.alive(handle.serve) and guest.run("echo alive", serve=handle.serve).output.strip() == "alive"
         if not alive:
             raise PeerVanished("the Linux guest does not answer after the migration")
@@ -154,6 +163,6 @@ def migrate_linux(
         "filled": filled,
         "mem_free_bytes": memory.bytes,
         "alive_after": alive,
-        "tags": outcome.ready.get("tags"),
+        "tags": tags,
     }
     return run
