@@ -17,7 +17,7 @@ from rich.logging import RichHandler
 from balloon_cli import doctor as doctor_module
 from balloon_cli import report
 from balloon_cli.bench import bench
-from balloon_cli.errors import INVARIANT, MISSING, USAGE, exit_code
+from balloon_cli.errors import INVARIANT, MISSING, USAGE, VANISHED, exit_code
 from balloon_cli.live import LiveProgress, make_progress
 from balloon_cli.migrate import MigrateOptions, migrate_all
 from balloon_cli.receive import ReceiveOptions, receive_guest
@@ -25,7 +25,7 @@ from balloon_dev.profiles import PROFILES, profile_named
 from guest_driver.workloads import FORMS, parse_workload
 from host_qemu_side.migration.engine import Limits
 from host_qemu_side.migration.output import parse_address
-from vring.errors import UsageError, VirtioError
+from vring.errors import PeerVanished, UsageError, VirtioError
 from vring.sizes import format_size, parse_size
 
 if TYPE_CHECKING:
@@ -308,7 +308,12 @@ def receive(
             print(f"balloon: {text}", file=sys.stderr, flush=True)
 
     options = ReceiveOptions(address, not no_resume, keep, digests_fd, die_with_parent)
-    facts = receive_guest(options, say)
+    try:
+        facts = receive_guest(options, say)
+    except PeerVanished:
+        if die_with_parent and address.startswith("fd:"):
+            sys.exit(VANISHED)  # the source started this process: it knows, and says so
+        raise
     if as_json:
         click.echo(json.dumps(facts))
     elif not quiet:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from balloon_cli.errors import InvariantFailed
 from balloon_cli.read_back import read_back
 from balloon_dev.profiles import Profile
 from host_qemu_side.migration.engine import Cancelled, Limits, Migration
@@ -118,12 +119,14 @@ def spawn_receiver(*arguments: str) -> Iterator[tuple[SocketOutput, subprocess.P
             process_group=0,  # Ctrl-C is for the source: it decides what becomes of the guest
         )
     output = SocketOutput(mine)
+    patience = 0.5  # after a failure the source's guest is not served while this waits
     try:
         yield output, process
+        patience = 5.0
     finally:
         output.close()
         try:
-            process.wait(5.0)
+            process.wait(patience)
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
@@ -153,7 +156,7 @@ def migrate_all(options: MigrateOptions, progress: Progress) -> dict[str, Any]:
             finally:
                 progress.run_ends()
             if stopped():
-                raise Cancelled("interrupted")
+                raise Cancelled("interrupted when the migration was over")
     result: dict[str, Any] = {
         "schema_version": 1,
         "guest": options.guest,
@@ -215,21 +218,18 @@ def migrate_python(
     options: MigrateOptions, hints: bool, progress: Progress, stopped: Callable[[], bool]
 ) -> dict[str, Any]:
     """Migrate one embedded Python guest; return one run's JSON values."""
-    resume_arguments = [
-        *("--profile", options.profile.name, "--batch", str(options.batch), "--free-at", options.free_at),
-        *("--dirty-log", options.dirty_log),
-    ]
+    resume = {
+        "profile": options.profile.name,
+        "batch": options.batch,
+        "free_at": options.free_at,
+        "dirty_log": options.dirty_log,
+    }
     arguments = [
-        "--memory",
-        str(options.memory),
-        "--workload",
-        options.workload,
-        "--seed",
-        str(options.seed),
-        *resume_arguments,
+        *("--memory", str(options.memory), "--workload", options.workload, "--seed", str(options.seed)),
+        *(text for name, value in resume.items() for text in (f"--{name.replace('_', '-')}", str(value))),
     ]
     with SourceHost(profile=options.profile) as host:
-        guest = PythonGuest(host.loop, host.backend, host.socket_path, arguments)
+        guest = PythonGuest(host.loop, host.backend, None, arguments)
         host.loop.tick = ticker(progress, stopped)
         try:
             progress.say("the guest boots and sets up its workload")
@@ -246,14 +246,15 @@ def migrate_python(
                         hints=hints,
                         limits=options.limits,
                         journal=guest.journal,
-                        header={"guest": "python", "resume_arguments": resume_arguments},
+                        header={"guest": "python", "resume": resume},
                         on_step=lambda m, w: progress.step(m, w, host),
                         at_pause=lambda: guest.status,
                         report_timeout=REPORT_TIMEOUT,
                         stop_requested=stopped,
                     )
             except (VirtioError, OSError) as error:
-                raise type(error)(f"{error}{_whole_again(guest, progress)}") from error
+                what = "the guest was handed over and does not go on here"
+                raise type(error)(f"{error} ({what if host.handed_over else _whole_again(guest, progress)})") from error
             if isinstance(output, FileOutput):
                 progress.say("another process reads the file back and goes on with the guest")
                 judge_file(outcome, output.path, ticker(progress, stopped))
@@ -266,22 +267,35 @@ def migrate_python(
 
 
 def _whole_again(guest: PythonGuest, progress: Progress) -> str:
-    """After a failed migration: see that the guest goes on and that its allocator is whole; say so in words."""
+    """After a failed migration: see that the guest goes on and that its allocator is whole; say so in words.
+
+    Raises
+    ------
+    InvariantFailed
+        If it is not.
+    """
+    try:
+        guest.check_alive()
+    except VirtioError:
+        return "there is no guest to go on with"
     try:
         guest.loop.run_until(lambda: _hints_freed(guest), 5.0, "the guest to free its hinted pages")
         guest.ask("check", "checked")
-    except (VirtioError, OSError):
-        return ""
+    except (VirtioError, OSError) as error:
+        raise InvariantFailed(f"the migration failed and the source's guest is not whole: {error}") from error
     assert guest.checked is not None
     text = (
-        f"the source's guest goes on: {guest.checked['pages']} allocated pages checked, {guest.checked['wrong']} wrong"
+        f"the source's guest goes on: {guest.checked['pages']} allocated pages checked, "
+        f"{guest.checked['wrong']} wrong, no page held for hints"
     )
+    if guest.checked["wrong"]:
+        raise InvariantFailed(f"the migration failed and {text}")
     progress.say(text)
-    return f" ({text}, no page held for hints)"
+    return text
 
 
 def _hints_freed(guest: PythonGuest) -> bool:
-    return int(guest.ask("status", "status")["hinted_pages"]) == 0
+    return int(guest.ask("status", "status", 5.0)["hinted_pages"]) == 0
 
 
 def judge_file(outcome: Outcome, path: str, tick: Callable[[], None]) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from balloon_cli.errors import InvariantFailed
 from balloon_cli.migrate import MigrateOptions, Progress, destination, judge_file, run_as_json, ticker
 from balloon_dev.features import QueueRole
 from balloon_dev.hinting import HintState
@@ -75,14 +76,36 @@ class _FreeMemory:
         elif "after_stop" not in self.bytes and len(migration.result.rounds) > 1:
             self.bytes["after_stop"] = self.read()
 
-    def settle(self) -> None:
-        """After DONE: wait until the guest has its memory back, at most a few seconds."""
+    def settle(self) -> bool:
+        """After DONE: wait until the guest has its memory back, at most a few seconds; return whether it has."""
         deadline = time.monotonic() + SETTLE_SECONDS
         while True:
             now = self.read()
-            if now > self.bytes["before"] - 8 * BLOCK or time.monotonic() > deadline:
+            back = now > self.bytes["before"] - 8 * BLOCK
+            if back or time.monotonic() > deadline:
                 self.bytes["after_done"] = now
-                return
+                return back
+
+
+def _goes_on(guest: LinuxGuest, handle: LinuxGuestHandle, memory: _FreeMemory) -> str:
+    """After a failed migration: see that the guest runs and has its memory back; say so in words.
+
+    Raises
+    ------
+    InvariantFailed
+        If it does not.
+    """
+    try:
+        handle.check_alive()
+    except VirtioError:
+        return "there is no guest to go on with"
+    try:
+        if memory.settle():
+            return f"the source's guest goes on: {memory.bytes['after_done'] >> 20} MiB free, as before"
+    except (VirtioError, OSError) as error:
+        raise InvariantFailed(f"the migration failed and the source's guest does not go on: {error}") from error
+    was, now = memory.bytes["before"] >> 20, memory.bytes["after_done"] >> 20
+    raise InvariantFailed(f"the migration failed and the source's guest has {now} MiB free of {was} MiB before")
 
 
 def migrate_linux(
@@ -101,7 +124,14 @@ def migrate_linux(
         end_on_signal = ticker(progress, stopped)
         host = stack.enter_context(SourceHost(profile=LINUX))
         initramfs = build(folder)
-        guest = LinuxGuest(options.memory, folder, host.socket_path, initramfs=initramfs, watch=host.loop.filenos)
+        guest = LinuxGuest(
+            options.memory,
+            folder,
+            host.socket_path,
+            initramfs=initramfs,
+            remove=[os.path.dirname(host.socket_path)],
+            watch=host.loop.filenos,
+        )
         handle = LinuxGuestHandle(guest, host.backend)
         stack.enter_context(guest)
         stack.callback(setattr, host.loop, "tick", None)  # before the guest is ended, which takes a while
@@ -140,9 +170,7 @@ def migrate_linux(
                     stop_requested=stopped,
                 )
         except (VirtioError, OSError) as error:
-            if guest.end_reason is None and guest.alive(handle.serve):
-                raise type(error)(f"{error} (the source's guest goes on)") from error
-            raise
+            raise type(error)(f"{error} ({_goes_on(guest, handle, memory)})") from error
         if hints and refusal is not None:
             outcome.result.hints_refused = refusal
             progress.say(f"hints refused: {refusal}")

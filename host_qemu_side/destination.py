@@ -6,10 +6,9 @@ import contextlib
 import errno
 import json
 import os
-import shutil
+import re
 import socket
 import stat
-import tempfile
 import time
 from collections.abc import Callable
 from typing import Any
@@ -28,6 +27,13 @@ from vring.errors import PeerVanished, UsageError, VirtioError
 
 __all__ = ["accept", "receive", "resume"]
 
+RESUME_OPTIONS = {
+    "profile": re.compile(r"[a-z]+"),
+    "batch": re.compile(r"[1-9][0-9]{0,3}"),
+    "free_at": re.compile(r"done|stop"),
+    "dirty_log": re.compile(r"auto|wp-async|software"),
+}
+"""Options of the guest that a stream's header carries, and what they may say."""
 READ_SIZE = 1 << 20
 SILENCE = 60.0
 """Seconds a source may be silent in the middle of a stream."""
@@ -216,18 +222,15 @@ def resume(
         state, transport = saved["device"], saved["transport"]
         device = BalloonDevice(int(state["offered"]), profile=profile_named(str(state["profile"])))
         bases = {int(r["index"]): int(r["base"]) for r in transport["rings"]}
-        arguments = [str(a) for a in receiver.header.get("resume_arguments", [])]
-    except (KeyError, TypeError, ValueError) as error:
+        arguments = _resume_arguments(receiver.header["resume"])
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise UsageError(f"the device state in the stream is malformed: {error!r}") from error
     device.discard = Discarder(memory)
     loop = Loop()
     backend = VhostUserBackend(device, loop, on_memory=lambda: device.load(state))
-    folder = tempfile.mkdtemp(prefix="virtio-balloon-")
-    path = os.path.join(folder, "balloon.sock")
-    backend.listen(path)
     guest = None
     try:
-        guest = PythonGuest(loop, backend, path, [*arguments, "--bases", json.dumps(bases)], ram=memory.regions[0].fd)
+        guest = PythonGuest(loop, backend, None, [*arguments, "--bases", json.dumps(bases)], ram=memory.regions[0].fd)
         guest.wait_ready()
         announce("the guest runs here")
         allocated = int(guest.status["allocated_pages"])
@@ -262,7 +265,17 @@ def resume(
             guest.close()
         backend.close()
         loop.close()
-        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _resume_arguments(wanted: dict[str, Any]) -> list[str]:
+    """Return the guest's command line for what the header asks; it came from outside, so only what is known passes."""
+    found = []
+    for name, allowed in RESUME_OPTIONS.items():
+        value = str(wanted[name])
+        if allowed.fullmatch(value) is None:
+            raise ValueError(f"{name} {value!r}")
+        found += [f"--{name.replace('_', '-')}", value]
+    return found
 
 
 def _checked(guest: PythonGuest) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -25,12 +26,16 @@ from host_qemu_side.vhost_user import VhostUserBackend
 from host_qemu_side.witness import MigrationClock, Witness
 from vring.dirty import DirtyLog
 from vring.dirty.software import SoftwareDirtyLog
+from vring.errors import MissingFacility, PeerVanished, UsageError
 from vring.memory import GuestMemory
 
 __all__ = ["BackendHints", "GuestHandle", "Outcome", "SourceHost"]
 
 U64 = npt.NDArray[np.uint64]
 HELLO_TIMEOUT = 15.0
+SILENCE = 60.0
+NAP = 0.1
+"""Seconds after which a wait looks around: a signal alone does not end it."""
 
 
 class GuestHandle(GuestControl, Protocol):
@@ -124,9 +129,8 @@ class SourceHost:
         self.device.discard = self._discard
         self.backend = VhostUserBackend(self.device, self.loop)
         self.device_log: SoftwareDirtyLog | None = None
-        self._folder = tempfile.mkdtemp(prefix="virtio-balloon-")
-        self.socket_path = os.path.join(self._folder, "balloon.sock")
-        self.backend.listen(self.socket_path)
+        self._migration: Migration | None = None
+        self._folder: str | None = None
 
     def __enter__(self) -> SourceHost:
         return self
@@ -138,7 +142,25 @@ class SourceHost:
         """Close the device and remove the socket."""
         self.backend.close()
         self.loop.close()
-        shutil.rmtree(self._folder, ignore_errors=True)
+        if self._folder is not None:
+            shutil.rmtree(self._folder, ignore_errors=True)
+
+    @property
+    def socket_path(self) -> str:
+        """Path where a front end can connect, made when it is first asked for.
+
+        It lies in a folder of its own, which `close` removes. A program that is killed leaves it behind, so a guest
+        that can be given a connected socket (`PythonGuest`) needs none.
+        """
+        if self._folder is None:
+            self._folder = tempfile.mkdtemp(prefix="virtio-balloon-")
+            self.backend.listen(os.path.join(self._folder, "balloon.sock"))
+        return os.path.join(self._folder, "balloon.sock")
+
+    @property
+    def handed_over(self) -> bool:
+        """Whether the last migration gave the guest away, also if it failed afterwards: it must not go on here."""
+        return self._migration is not None and self._migration.committed
 
     @property
     def memory(self) -> GuestMemory | None:
@@ -172,6 +194,7 @@ class SourceHost:
         at_pause: Callable[[], dict[str, Any]] = dict,
         report_timeout: float = 0.0,
         stop_requested: Callable[[], bool] = lambda: False,
+        silence: float = SILENCE,
     ) -> Outcome:
         """Migrate the guest that is connected.
 
@@ -201,6 +224,8 @@ class SourceHost:
             Seconds to wait for the destination to say how the guest does there; 0: do not.
         stop_requested
             Asked at each step; True cancels.
+        silence
+            Seconds the destination may say no hello, or take nothing of what is sent, before it counts as gone.
 
         Raises
         ------
@@ -209,7 +234,7 @@ class SourceHost:
         """
         assert self.memory is not None
         if isinstance(output, SocketOutput):
-            self._wait_hello(output, stop_requested)
+            self._wait_hello(output, guest, min(silence, HELLO_TIMEOUT), stop_requested)
         clock = MigrationClock()
         witness = Witness(self.memory, self.device, journal, clock)
         outcome = Outcome(MigrationResult())
@@ -236,9 +261,11 @@ class SourceHost:
             observer=witness,
             hand_over=hand_over,
         )
+        self._migration = migration
         migration.result.hints_refused = refused or migration.result.hints_refused
         outcome.result = migration.result
         watched = output.fileno() if isinstance(output, SocketOutput) else -1
+        sent, sent_at = 0, time.monotonic()
         try:
             while not migration.finished:
                 if stop_requested():
@@ -250,10 +277,17 @@ class SourceHost:
                     self.loop.watch(watched, _nothing, WRITE)
                 else:
                     self.loop.unwatch(watched)
-                self.loop.run_once(max(wake - clock(), 0.0))
-                guest.check_alive()
+                if not output.blocked or output.bytes_sent != sent:
+                    sent, sent_at = output.bytes_sent, time.monotonic()
+                elif time.monotonic() - sent_at > silence:
+                    raise PeerVanished(f"the destination took nothing for {silence:g} s")
+                self.loop.run_once(min(max(wake - clock(), 0.0), NAP))
+                if not migration.committed:  # then it is the destination's, and this one may end
+                    guest.check_alive()
         except BaseException as error:
             migration.abort(error)
+            if isinstance(error, (MissingFacility, UsageError, OSError)) and not migration.committed:
+                self._look_after(guest)
             raise
         finally:
             self.loop.unwatch(watched)
@@ -263,6 +297,19 @@ class SourceHost:
         if report_timeout and isinstance(output, SocketOutput):
             outcome.report = self._wait_report(output, report_timeout, stop_requested)
         return outcome
+
+    def _look_after(self, guest: GuestHandle) -> None:
+        """After a failure: a guest that is gone is the reason. One that is dying fails its dirty log a moment before.
+
+        Raises
+        ------
+        PeerVanished
+            If it is gone.
+        """
+        end = time.monotonic() + 2 * NAP
+        while time.monotonic() < end:
+            guest.check_alive()
+            self.loop.run_once(NAP / 10)
 
     def _collect(self, outcome: Outcome, migration: Migration, witness: Witness) -> None:
         outcome.judge = witness.verdict
@@ -275,13 +322,16 @@ class SourceHost:
         outcome.nonzero_outside_hints = witness.nonzero_outside_hints()
         outcome.pages_rewritten = witness.pages_rewritten()
 
-    def _wait_hello(self, output: SocketOutput, stop_requested: Callable[[], bool]) -> None:
+    def _wait_hello(
+        self, output: SocketOutput, guest: GuestHandle, timeout: float, stop_requested: Callable[[], bool]
+    ) -> None:
         """A destination speaks first: a migration does not begin before somebody is there who understands it."""
         heard: list[dict[str, Any]] = []
 
         def arrived() -> bool:
             if stop_requested():
                 raise Cancelled("cancelled by the user before it began")
+            guest.check_alive()
             record = output.answer()
             if record is not None and record.kind is not Kind.HELLO:
                 raise StreamError(f"the destination began with {record.kind.name}, not with HELLO")
@@ -290,7 +340,7 @@ class SourceHost:
                 heard.append(record.json())
             return bool(heard)
 
-        self.loop.run_until(arrived, HELLO_TIMEOUT, "the destination to say hello (is it `balloon receive`?)")
+        self.loop.run_until(arrived, timeout, "the destination to say hello (is it `balloon receive`?)")
 
     def _wait_report(
         self, output: SocketOutput, timeout: float, stop_requested: Callable[[], bool]
