@@ -19,9 +19,9 @@ from rich.console import Console
 from rich.text import Text
 
 from host_qemu_side.discard import punch_hole
-from host_qemu_side.migration.ram import populated
 from vring import bitmap
 from vring._vring import lib
+from vring.contents import populated
 from vring.dirty import wp_async
 from vring.dirty.software import SoftwareDirtyLog
 from vring.errors import MissingFacility, VirtioError
@@ -191,7 +191,7 @@ def _work_directory(folder: Path) -> str:
     except OSError as error:
         raise _Problem(MISSING, f"{folder}: {error.strerror}", "name a folder that exists with --work-dir") from error
     if not os.access(folder, os.W_OK):
-        raise _Problem(NOT_USABLE, f"{folder} cannot be written", "name another with --work-dir or TMPDIR")
+        raise _Problem(NOT_USABLE, f"{folder} cannot be written", "name another with --work-dir")
     kind = file_system(folder)
     text = f"{folder}: {kind}, {format_size(room.f_bavail * room.f_frsize)} free"
     if kind in ("tmpfs", "overlay", "ramfs"):
@@ -247,7 +247,7 @@ def examine(folder: Path | None = None) -> dict[str, Any]:
     Parameters
     ----------
     folder
-        Work directory, where the RAM files of Linux guests would lie; by default where temporary files go.
+        Work directory, where the RAM files of Linux guests would lie; by default ``/var/tmp``.
 
     Returns
     -------
@@ -255,7 +255,7 @@ def examine(folder: Path | None = None) -> dict[str, Any]:
         JSON values: ``usable`` (an embedded Python guest can be migrated with hints), ``linux_guest`` (so can a Linux
         guest), and ``checks``, a list of `Finding` as objects.
     """
-    where = folder or Path(tempfile.gettempdir())
+    where = folder or Path("/var/tmp")
     linux = "--guest linux"
     checks: list[tuple[str, str, Callable[[], str]]] = [
         ("Python", "everything", _python),

@@ -62,9 +62,8 @@ _BITS = np.array([bin(i).count("1") for i in range(256)], np.uint8)
 def _set_bits(words: U64) -> npt.NDArray[np.int64]:
     """Return how many bits of each word are set."""
     if hasattr(np, "bitwise_count"):
-        counts: npt.NDArray[np.int64] = np.bitwise_count(words).astype(np.int64)
-        return counts
-    return _BITS[words.view(np.uint8)].reshape(-1, 8).sum(axis=1, dtype=np.int64)
+        return np.asarray(np.bitwise_count(words), np.int64)
+    return np.asarray(_BITS[words.view(np.uint8)].reshape(-1, 8).sum(axis=1), np.int64)
 
 
 class RamMap:
@@ -159,8 +158,9 @@ class PlainProgress(Progress):
             why = "" if result.converged else f", not converged after {len(result.rounds) - 1} rounds"
             self.emit(f"guest frozen{why}: {left:,} pages left to send ({format_size(left * PAGE_SIZE)})")
         elif phase is Phase.DONE:
+            what = "handed over" if migration.hand_over else "image complete, the guest goes on here,"
             self.emit(
-                f"handed over after {result.total_seconds:.2f} s, downtime {result.downtime_seconds * 1000:.0f} ms, "
+                f"{what} after {result.total_seconds:.2f} s, downtime {result.downtime_seconds * 1000:.0f} ms, "
                 f"{format_size(result.bytes_sent)} sent"
             )
 

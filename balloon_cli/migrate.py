@@ -218,18 +218,15 @@ def migrate_python(
     options: MigrateOptions, hints: bool, progress: Progress, stopped: Callable[[], bool]
 ) -> dict[str, Any]:
     """Migrate one embedded Python guest; return one run's JSON values."""
-    resume_arguments = [
-        *("--profile", options.profile.name, "--batch", str(options.batch), "--free-at", options.free_at),
-        *("--dirty-log", options.dirty_log),
-    ]
+    resume = {
+        "profile": options.profile.name,
+        "batch": options.batch,
+        "free_at": options.free_at,
+        "dirty_log": options.dirty_log,
+    }
     arguments = [
-        "--memory",
-        str(options.memory),
-        "--workload",
-        options.workload,
-        "--seed",
-        str(options.seed),
-        *resume_arguments,
+        *("--memory", str(options.memory), "--workload", options.workload, "--seed", str(options.seed)),
+        *(text for name, value in resume.items() for text in (f"--{name.replace('_', '-')}", str(value))),
     ]
     with SourceHost(profile=options.profile) as host:
         guest = PythonGuest(host.loop, host.backend, None, arguments)
@@ -249,7 +246,7 @@ def migrate_python(
                         hints=hints,
                         limits=options.limits,
                         journal=guest.journal,
-                        header={"guest": "python", "resume_arguments": resume_arguments},
+                        header={"guest": "python", "resume": resume},
                         on_step=lambda m, w: progress.step(m, w, host),
                         at_pause=lambda: guest.status,
                         report_timeout=REPORT_TIMEOUT,
@@ -260,7 +257,7 @@ def migrate_python(
                 raise type(error)(f"{error} ({what if host.handed_over else _whole_again(guest, progress)})") from error
             if isinstance(output, FileOutput):
                 progress.say("another process reads the file back and goes on with the guest")
-                _judge_file(outcome, output.path, ticker(progress, stopped))
+                judge_file(outcome, output.path, ticker(progress, stopped))
         finally:
             host.loop.tick = None
             guest.close()
@@ -301,12 +298,13 @@ def _hints_freed(guest: PythonGuest) -> bool:
     return int(guest.ask("status", "status", 5.0)["hinted_pages"]) == 0
 
 
-def _judge_file(outcome: Outcome, path: str, tick: Callable[[], None]) -> None:
-    """Have another process read the file back, and hold what it found against the source."""
+def judge_file(outcome: Outcome, path: str, tick: Callable[[], None]) -> dict[str, Any]:
+    """Have another process read the file back, and hold what it found against the source; return what it said."""
     digests, facts = read_back(path, tick)
     if outcome.judge is not None:
         outcome.verdict = outcome.judge(digests)
-    outcome.report = facts
+    outcome.report = facts["resumed"]
+    return facts
 
 
 def run_as_json(outcome: Outcome, hints: bool) -> dict[str, Any]:

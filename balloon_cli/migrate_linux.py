@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from balloon_cli.errors import InvariantFailed
-from balloon_cli.migrate import MigrateOptions, Progress, destination, run_as_json, ticker
+from balloon_cli.migrate import MigrateOptions, Progress, destination, judge_file, run_as_json, ticker
 from balloon_dev.features import QueueRole
 from balloon_dev.hinting import HintState
 from balloon_dev.profiles import LINUX
@@ -23,6 +23,7 @@ from host_qemu_side.linux_guest import LinuxGuest
 from host_qemu_side.linux_guest.handle import LinuxGuestHandle
 from host_qemu_side.linux_guest.initramfs import build, verify_package
 from host_qemu_side.migration.engine import Migration
+from host_qemu_side.migration.output import FileOutput
 from host_qemu_side.source import SourceHost
 from host_qemu_side.witness import Witness
 from vring.errors import PeerVanished, UsageError, VirtioError
@@ -120,8 +121,8 @@ def migrate_linux(
     progress.say(f"{package.package} {package.version}, kernel {package.release}, dpkg -V clean: {package.clean}")
     folder = Path(options.work_dir) if options.work_dir else Path(f"/var/tmp/virtio-balloon-{os.getuid()}")
     with contextlib.ExitStack() as stack:
+        end_on_signal = ticker(progress, stopped)
         host = stack.enter_context(SourceHost(profile=LINUX))
-        host.loop.tick = ticker(progress, stopped)
         initramfs = build(folder)
         guest = LinuxGuest(
             options.memory,
@@ -133,6 +134,8 @@ def migrate_linux(
         )
         handle = LinuxGuestHandle(guest, host.backend)
         stack.enter_context(guest)
+        stack.callback(setattr, host.loop, "tick", None)  # before the guest is ended, which takes a while
+        host.loop.tick = end_on_signal
         progress.say("the Linux guest boots")
         guest.wait_ready(60.0, handle.serve)
         guest.load_balloon(handle.serve)
@@ -172,6 +175,10 @@ def migrate_linux(
             outcome.result.hints_refused = refusal
             progress.say(f"hints refused: {refusal}")
         memory.settle()
+        tags = outcome.ready.get("tags")
+        if isinstance(output, FileOutput):
+            host.loop.tick = end_on_signal
+            tags = judge_file(outcome, output.path, handle.serve).get("tags")
         alive = guest.alive(handle.serve) and guest.run("echo alive", serve=handle.serve).output.strip() == "alive"
         if not alive:
             raise PeerVanished("the Linux guest does not answer after the migration")
@@ -184,6 +191,6 @@ def migrate_linux(
         "filled": filled,
         "mem_free_bytes": memory.bytes,
         "alive_after": alive,
-        "tags": outcome.ready.get("tags"),
+        "tags": tags,
     }
     return run

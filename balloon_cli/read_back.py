@@ -21,9 +21,7 @@ from vring.errors import PeerVanished, UsageError
 __all__ = ["read_back"]
 
 
-def read_back(
-    path: str, tick: Callable[[], None] = lambda: None
-) -> tuple[npt.NDArray[np.uint64], dict[str, Any] | None]:
+def read_back(path: str, tick: Callable[[], None] = lambda: None) -> tuple[npt.NDArray[np.uint64], dict[str, Any]]:
     """Have ``balloon receive`` read a file, digest its pages and go on with the guest.
 
     Parameters
@@ -36,7 +34,7 @@ def read_back(
     Returns
     -------
     tuple
-        The digest of each page (0 where there is none), and what became of the guest.
+        The digest of each page (0 where there is none), and the result as ``balloon receive --json`` gives it.
 
     Raises
     ------
@@ -68,7 +66,7 @@ def read_back(
         digests = np.frombuffer(os.pread(digests_fd, size, 0), dtype="<u8")
     finally:
         os.close(digests_fd)
-    return digests, facts.get("resumed")
+    return digests, facts
 
 
 def _wait(process: subprocess.Popen[bytes], tick: Callable[[], None]) -> int:

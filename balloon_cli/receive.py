@@ -13,8 +13,9 @@ from guest_driver.process import die_with_parent as bind_to_parent
 from host_qemu_side.destination import accept, receive, resume
 from host_qemu_side.linux_guest import tags
 from host_qemu_side.migration.output import parse_address
-from host_qemu_side.migration.receiver import Receiver, ReceiverState, digests_of
+from host_qemu_side.migration.receiver import Receiver, ReceiverState
 from host_qemu_side.migration.stream import StreamError
+from vring.contents import digests_of
 from vring.errors import PeerVanished, UsageError, VirtioError
 
 __all__ = ["ReceiveOptions", "receive_guest"]
@@ -92,7 +93,7 @@ def receive_guest(options: ReceiveOptions, say: Callable[[str], None] = lambda t
             try:
                 receive(source, receiver, on_record=_narrator(receiver, say))
             except VirtioError as error:
-                raise _with_place(error, options.address) from error
+                raise _with_place(error, options.address, receiver) from error
             facts |= _facts(receiver, options)
             if receiver.state is ReceiverState.CANCELLED:
                 raise PeerVanished(f"the source at {options.address} gave up: {receiver.cancelled}")
@@ -113,6 +114,27 @@ def receive_guest(options: ReceiveOptions, say: Callable[[str], None] = lambda t
     return facts
 
 
+def _inspect(receiver: Receiver) -> dict[str, Any]:
+    """Judge what can be judged of an image alone: a Linux guest's tagged pages."""
+    if receiver.header.get("guest") != "linux" or receiver.memory is None:
+        return {}
+    try:
+        report = tags.scan(receiver.memory.arrays[0], int(receiver.header["tag_nonce"]))
+    except (UsageError, KeyError, ValueError) as error:
+        return {"tags": {"error": str(error)}}
+    return {
+        "tags": {
+            "pages": report.count,
+            "found": report.found,
+            "missing": len(report.missing),
+            "stale": len(report.stale),
+            "torn": len(report.torn),
+            "updates": report.updates,
+            "ok": report.ok,
+        }
+    }
+
+
 def _facts(receiver: Receiver, options: ReceiveOptions) -> dict[str, Any]:
     return {
         "schema_version": 1,
@@ -124,6 +146,7 @@ def _facts(receiver: Receiver, options: ReceiveOptions) -> dict[str, Any]:
         "zero_pages_received": receiver.zero_pages,
         "rounds": receiver.rounds,
         "resumed": None,
+        **receiver.inspected,
     }
 
 
@@ -188,34 +211,15 @@ def _write_digests(receiver: Receiver, fd: int) -> None:
         view = view[os.write(fd, view) :]
 
 
-def _with_place(error: VirtioError, address: str) -> VirtioError:
+def _with_place(error: VirtioError, address: str, receiver: Receiver) -> VirtioError:
     """Return the error with the place and what to do; its exit code stays."""
     kind, rest = parse_address(address)
-    if kind == "file" and isinstance(error, PeerVanished):
-        return PeerVanished(f"{rest} is incomplete: {error}; write it again with `balloon migrate --to {address}`")
-    if kind == "file":
-        return StreamError(f"{rest}: {error.message}; write it again with `balloon migrate --to {address}`")
+    name = rest if kind == "file" else address
+    text = f"{name}: {error.message}"
+    if kind == "file" and not receiver.header:
+        text += "; is it a file that `balloon migrate --to file:PATH` wrote?"
+    elif kind == "file":
+        text += f"; write it again with `balloon migrate --to {address}`"
     if isinstance(error, PeerVanished):
-        return PeerVanished(f"{address}: {error}")
-    return StreamError(f"{address}: {error.message}") if isinstance(error, StreamError) else error
-
-
-def _inspect(receiver: Receiver) -> dict[str, Any]:
-    """Judge what can be judged of an image alone: a Linux guest's tagged pages."""
-    if receiver.header.get("guest") != "linux" or receiver.memory is None:
-        return {}
-    try:
-        report = tags.scan(receiver.memory.arrays[0], int(receiver.header["tag_nonce"]))
-    except (UsageError, KeyError, ValueError) as error:
-        return {"tags": {"error": str(error)}}
-    return {
-        "tags": {
-            "pages": report.count,
-            "found": report.found,
-            "missing": len(report.missing),
-            "stale": len(report.stale),
-            "torn": len(report.torn),
-            "updates": report.updates,
-            "ok": report.ok,
-        }
-    }
+        return PeerVanished(text)
+    return StreamError(text) if isinstance(error, StreamError) else error

@@ -38,6 +38,24 @@ def findings(result: dict[str, Any]) -> list[str]:
             found.append(f"{name}: {oracle['pages_wrong']:,} of {oracle['pages_checked']:,} pages are wrong")
             found += [f"{name}: {text}" for text in oracle["wrong"]]
         found += [f"{name}: {text}" for text in resumed_findings(run["resumed"])]
+        found += [f"{name}: {text}" for text in _linux_findings(run.get("linux"))]
+    return found
+
+
+def _linux_findings(linux: dict[str, Any] | None) -> list[str]:
+    """Return what is wrong with a Linux guest's tagged pages in the image, and with the guest itself."""
+    if not linux:
+        return []
+    tags, found = linux["tags"], []
+    if tags is None or "error" in tags:
+        found.append(f"the tagged pages of the image were not judged: {(tags or {}).get('error', 'no answer')}")
+    elif not tags["ok"]:
+        found.append(
+            f"of {tags['pages']:,} tagged pages in the image {tags['missing']:,} are missing, {tags['stale']:,} stale, "
+            f"{tags['torn']:,} torn"
+        )
+    if not linux["alive_after"]:
+        found.append("the guest does not answer after the migration")
     return found
 
 
@@ -67,7 +85,7 @@ _ROWS: list[tuple[str, Callable[[dict[str, Any]], str]]] = [
     ("pages of zeros", lambda r: _pages(r["pages"]["zero"])),
     ("pages skipped by hint", lambda r: _pages(r["pages"]["skipped"])),
     ("hint runs", _hint_runs),
-    ("pages rewritten meanwhile", lambda r: _pages(r["pages_rewritten"])),
+    ("pages rewritten meanwhile", lambda r: "?" if "linux" in r else _pages(r["pages_rewritten"])),
 ]
 _RATIOS = {
     "total time": lambda r: r["total_seconds"],
@@ -133,6 +151,23 @@ def _oracle_text(run: dict[str, Any]) -> Text:
     return text
 
 
+def _linux_text(linux: dict[str, Any]) -> Text:
+    """Return what is known of a Linux guest beside the oracle's verdict."""
+    found = _linux_findings(linux)
+    text = Text("  Linux guest: ")
+    if found:
+        return text.append("WRONG: ", "bold red").append("; ".join(found))
+    free = linux["mem_free_bytes"]
+    text.append("good: ", "bold green").append(f"{linux['package']}, dpkg -V ")
+    text.append(
+        "clean" if linux["dpkg_verify_clean"] else "NOT CLEAN", None if linux["dpkg_verify_clean"] else "bold red"
+    )
+    text.append(f"; {linux['tags']['found']:,} tagged pages at their latest version; MemFree ")
+    names = {"before": "", "after_pass": " after the pass", "after_stop": " after STOP", "after_done": " after DONE"}
+    text.append(", ".join(f"{format_size(free[key])}{name}" for key, name in names.items() if key in free))
+    return text.append("; it goes on here")
+
+
 def resumed_text(resumed: dict[str, Any] | None) -> Text:
     """Return what became of a guest that went on, in words."""
     if not resumed:
@@ -178,7 +213,10 @@ def print_migration(result: dict[str, Any], console: Console, *, verbose: int = 
         if run["oracle"]:
             for line in run["oracle"]["wrong"]:
                 console.print(Text(f"  {line}", "red"), soft_wrap=True)
-        console.print(Text("  resumed guest: ").append_text(resumed_text(run["resumed"])), soft_wrap=True)
+        if run.get("linux"):
+            console.print(_linux_text(run["linux"]), soft_wrap=True)
+        else:
+            console.print(Text("  resumed guest: ").append_text(resumed_text(run["resumed"])), soft_wrap=True)
 
 
 def print_reception(facts: dict[str, Any], console: Console) -> None:

@@ -6,6 +6,7 @@ import contextlib
 import errno
 import json
 import os
+import re
 import socket
 import stat
 import time
@@ -26,6 +27,13 @@ from vring.errors import PeerVanished, UsageError, VirtioError
 
 __all__ = ["accept", "receive", "resume"]
 
+RESUME_OPTIONS = {
+    "profile": re.compile(r"[a-z]+"),
+    "batch": re.compile(r"[1-9][0-9]{0,3}"),
+    "free_at": re.compile(r"done|stop"),
+    "dirty_log": re.compile(r"auto|wp-async|software"),
+}
+"""Options of the guest that a stream's header carries, and what they may say."""
 READ_SIZE = 1 << 20
 SILENCE = 60.0
 """Seconds a source may be silent in the middle of a stream."""
@@ -36,8 +44,6 @@ class _Source:
 
     def __init__(self, sock: socket.socket | None, path: str | None) -> None:
         self._socket, self._file = sock, None if path is None else open(path, "rb", buffering=0)  # noqa: SIM115
-        self.name = path or "the source"
-        self.two_way = sock is not None
         if sock is not None:
             sock.settimeout(SILENCE)
 
@@ -107,7 +113,8 @@ def accept(address: str, *, announce: Callable[[str], None] = lambda text: None)
             listener = socket.create_server((host.strip("[]"), int(port)))
             address = f"tcp:{host}:{listener.getsockname()[1]}"
     except OSError as error:
-        raise UsageError(f"cannot listen on {address}: {error.strerror or error}") from error
+        why = (error.strerror or str(error)).partition(" (while")[0]  # the rest only repeats the address
+        raise UsageError(f"cannot listen on {address}: {why}") from error
     announce(address)
     try:
         with listener:
@@ -160,9 +167,7 @@ def receive(source: _Source, receiver: Receiver, *, on_record: Callable[[Receive
             if record is None:
                 data = source.read(min(max(reader.wanted, 1), READ_SIZE))
                 if not data:
-                    raise PeerVanished(
-                        f"the stream from {source.name} ends {reader.position}, while {receiver.state.value}"
-                    )
+                    raise PeerVanished(f"the stream is cut off {reader.position} (state: {receiver.state.value})")
                 reader.feed(data)
                 continue
             answer = receiver.handle(record)
@@ -217,8 +222,8 @@ def resume(
         state, transport = saved["device"], saved["transport"]
         device = BalloonDevice(int(state["offered"]), profile=profile_named(str(state["profile"])))
         bases = {int(r["index"]): int(r["base"]) for r in transport["rings"]}
-        arguments = [str(a) for a in receiver.header.get("resume_arguments", [])]
-    except (KeyError, TypeError, ValueError) as error:
+        arguments = _resume_arguments(receiver.header["resume"])
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise UsageError(f"the device state in the stream is malformed: {error!r}") from error
     device.discard = Discarder(memory)
     loop = Loop()
@@ -260,6 +265,17 @@ def resume(
             guest.close()
         backend.close()
         loop.close()
+
+
+def _resume_arguments(wanted: dict[str, Any]) -> list[str]:
+    """Return the guest's command line for what the header asks; it came from outside, so only what is known passes."""
+    found = []
+    for name, allowed in RESUME_OPTIONS.items():
+        value = str(wanted[name])
+        if allowed.fullmatch(value) is None:
+            raise ValueError(f"{name} {value!r}")
+        found += [f"--{name.replace('_', '-')}", value]
+    return found
 
 
 def _checked(guest: PythonGuest) -> dict[str, Any]:
