@@ -362,6 +362,8 @@ class Discarder:
                 )
         if not piece_reads_zero(self.memory, piece):
             raise self._fail("discarding succeeded but the memory does not read as zero", piece)
+        if piece.region.backing is Backing.PRIVATE_ANONYMOUS:
+            self._system_call(piece)  # reading mapped the zero page everywhere
 
     def _bring_back(self, piece: Piece) -> None:
         populate = self.on_deflate is OnDeflate.POPULATE
