@@ -63,6 +63,15 @@ def test_deflate_and_reset_clear_the_state():
         assert discard.partial.pages == 0
 
 
+def test_two_ranges_that_complete_one_host_page_drop_it_once():
+    with fake_huge(2 * HUGE) as memory:
+        discard = Discarder(memory, partial=PartialPages(memory))
+        discard(*ranges((0, 5 * PAGE_SIZE), (6 * PAGE_SIZE, 94 * PAGE_SIZE), (101 * PAGE_SIZE, HUGE)))
+        assert discard.bytes_discarded == 0
+        discard(*ranges((5 * PAGE_SIZE, PAGE_SIZE), (100 * PAGE_SIZE, PAGE_SIZE)))
+        assert (discard.bytes_discarded, discard.stats.ranges_discarded) == (HUGE, 1)
+
+
 def test_bad_ranges_change_nothing():
     with fake_huge(2 * HUGE) as memory:
         partial = PartialPages(memory)
