@@ -1,7 +1,7 @@
 """The balloon device as a core without I/O: a transport feeds it calls, a hypervisor sets its targets.
 
-Implements `vring.device.Device`. What buffers mean is in `balloon_dev.requests`; what to do with a hint, with pages given
-up, or with what happened on the ring is the embedder's: `hint_sink`, `discard` and `tap`.
+Implements `vring.device.Device`. What buffers mean is in `balloon_dev.requests`; what to do with a hint, with pages
+given up, or with what happened on the ring is the embedder's: `hint_sink`, `discard` and `tap`.
 """
 
 from __future__ import annotations
@@ -369,8 +369,8 @@ class BalloonDevice(Requests):
             queue.unpop(n)
             policy = self.profile.numbering.value
             raise DriverError(
-                f"a buffer came on this queue, which has no purpose under the features {self.negotiated:#x}: the driver "
-                f"numbers its queues by another policy than {policy}",
+                f"a buffer came on this queue, which has no purpose under the features {self.negotiated:#x}: the "
+                f"driver numbers its queues by another policy than {policy}",
                 queue=index,
                 clause="balloon.queues-1",
             )

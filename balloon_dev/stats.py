@@ -54,7 +54,7 @@ class GuestStats:
 
     def __init__(self) -> None:
         self.values: dict[str, int] = {}
-        """By name (`STAT_NAMES`); empty until the guest has sent some. A tag it left out this time keeps no old value."""
+        """By name (`STAT_NAMES`); empty until the guest has sent some. A tag left out this time keeps no old value."""
         self.updates = 0
         """Buffers taken in since the device was reset."""
 
