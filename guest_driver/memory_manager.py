@@ -305,7 +305,7 @@ class MemoryManager(Zone):
         """Begin to move pages so that one more block of 2^order pages becomes free.
 
         The pages are replaced by others outside the block, none of which is cut from a block that large. When the move
-        is over depends on the owner: the balloon needs two requests to its device, which its driver's steps see through.
+        is over depends on the owner: the balloon needs two requests to its device, which its driver's steps see to.
 
         Parameters
         ----------

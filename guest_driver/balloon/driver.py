@@ -209,11 +209,13 @@ class BalloonDriver(Hinting, Inflating, Reporting, Statistics):
 
     def remove(self) -> None:
         """Empty the balloon as far as the device answers, reset the device, give every page back to the allocator."""
-        if self._queues:
-            with contextlib.suppress(DeviceError):  # a broken queue: then reset is all the device gets to know
-                self._leak_all()
-        self.transport.reset()
-        self._forget()
+        try:
+            if self._queues:
+                with contextlib.suppress(DeviceError):  # a broken queue: then reset is all the device gets to know
+                    self._leak_all()
+            self.transport.reset()
+        finally:
+            self._forget()
 
     def freeze(self) -> None:
         """Suspend the guest: as `remove`, for whatever comes back need not be the same device (Linux does so too)."""

@@ -1,8 +1,8 @@
 """Free page hinting in the driver (VIRTIO 5.5.6.5), as Linux does it since commit 86a559787e6.
 
-On a new command id it sends that id, then its free MAX_ORDER-1 blocks, taken out of the allocator, one block per buffer,
-then a stop; it keeps the blocks until the host says DONE, because freeing them dirties memory. A shrinker gives blocks
-back under pressure without telling the host.
+On a new command id it sends that id, then its free MAX_ORDER-1 blocks, taken out of the allocator, one block per
+buffer, then a stop; it keeps the blocks until the host says DONE, because freeing them dirties memory. A shrinker gives
+blocks back under pressure without telling the host.
 """
 
 from __future__ import annotations
