@@ -44,14 +44,24 @@ def test_sixteen_tags_with_the_names_of_qemu():
     """A name was missing after the list of tags had grown (number 42)."""
     assert ENTRY.itemsize == 10
     assert [int(tag) for tag in STAT_NAMES] == list(range(16))
-    assert (
-        list(STAT_NAMES.values())
-        == (
-            "stat-swap-in stat-swap-out stat-major-faults stat-minor-faults stat-free-memory stat-total-memory "
-            "stat-available-memory stat-disk-caches stat-htlb-pgalloc stat-htlb-pgfail stat-oom-kills stat-alloc-stalls "
-            "stat-async-scans stat-direct-scans stat-async-reclaims stat-direct-reclaims"
-        ).split()
-    )
+    assert list(STAT_NAMES.values()) == [
+        "stat-swap-in",
+        "stat-swap-out",
+        "stat-major-faults",
+        "stat-minor-faults",
+        "stat-free-memory",
+        "stat-total-memory",
+        "stat-available-memory",
+        "stat-disk-caches",
+        "stat-htlb-pgalloc",
+        "stat-htlb-pgfail",
+        "stat-oom-kills",
+        "stat-alloc-stalls",
+        "stat-async-scans",
+        "stat-direct-scans",
+        "stat-async-reclaims",
+        "stat-direct-reclaims",
+    ]
 
 
 def test_primed_before_driver_ok_and_notified_after(pair):
