@@ -1,4 +1,4 @@
-"""A balloon driver and a balloon device joined in memory, for the tests of the feature bits; kicks wait to be served."""
+"""A balloon driver and a balloon device joined in memory, for tests of the feature bits; kicks wait to be served."""
 
 from __future__ import annotations
 
