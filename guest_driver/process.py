@@ -66,7 +66,8 @@ class GuestOptions:
     """Descriptor of RAM that holds a migrated guest to go on with, -1 to boot a fresh one."""
     bases: dict[int, int] = field(default_factory=dict)
     """With `ram`: avail index of each queue, as the device saved them."""
-    queue_sizes: tuple[int, ...] = (128, 128, 128, 1024, 32)
+    queue_sizes: tuple[int, ...] = (1024,) * 5
+    """Largest sizes by queue number; the profile's hold as well."""
 
 
 class GuestProcess:

@@ -39,7 +39,7 @@ class BalloonDriver(Hinting, Inflating, Reporting, Statistics):
     transport
         The device.
     profile
-        How the queues are numbered.
+        How the queues are numbered, and how large they are at most.
     features
         Feature bits to accept if they are offered.
     batch
@@ -193,6 +193,8 @@ class BalloonDriver(Hinting, Inflating, Reporting, Statistics):
                 queue=index,
                 clause="balloon.queues-1",
             )
+        # Some transports cannot ask for the largest size (vhost-user): what the profile says is no more than that.
+        largest = min(largest, self.profile.queue_sizes[list(QueueRole).index(role)])
         layout, state = self._ring(role, largest)
         queue = DriverQueue(
             self.manager.memory,
