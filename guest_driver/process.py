@@ -130,8 +130,8 @@ class GuestProcess:
         self._quit = True
 
     def _pause(self) -> None:
+        self._clock[0] = self._guest_time()  # before it counts as paused: the time since the last resume is in it
         self._paused = True
-        self._clock[0] = self._guest_time()
         self._tell("paused", **self._status())
 
     def _resume(self) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -18,19 +19,23 @@ from balloon_dev.oracle import Verdict
 from balloon_dev.profiles import SPEC, Profile
 from host_qemu_side.discard import Discarder
 from host_qemu_side.loop import WRITE, Loop
-from host_qemu_side.migration.engine import GuestControl, Limits, Migration, MigrationResult
+from host_qemu_side.migration.engine import Cancelled, GuestControl, Limits, Migration, MigrationResult
 from host_qemu_side.migration.output import FileOutput, SocketOutput
 from host_qemu_side.migration.stream import Kind, StreamError, check_header
 from host_qemu_side.vhost_user import VhostUserBackend
 from host_qemu_side.witness import MigrationClock, Witness
 from vring.dirty import DirtyLog
 from vring.dirty.software import SoftwareDirtyLog
+from vring.errors import MissingFacility, PeerVanished, UsageError
 from vring.memory import GuestMemory
 
 __all__ = ["BackendHints", "GuestHandle", "Outcome", "SourceHost"]
 
 U64 = npt.NDArray[np.uint64]
 HELLO_TIMEOUT = 15.0
+SILENCE = 60.0
+NAP = 0.1
+"""Seconds after which a wait looks around: a signal alone does not end it."""
 
 
 class GuestHandle(GuestControl, Protocol):
@@ -60,8 +65,10 @@ class BackendHints:
         """Whether a run is requested or started."""
         return self._device.hinting.active
 
-    def start(self) -> int:
-        """Issue a new id and tell the driver."""
+    def start(self) -> int | None:
+        """Issue a new id and tell the driver; None if the driver is gone."""
+        if not self._device.hinting_negotiated:
+            return None
         command_id = self._device.start_hinting()
         self._backend.deliver()
         return command_id
@@ -100,6 +107,9 @@ class Outcome:
     guest_at_pause: dict[str, Any] = field(default_factory=dict)
     oracle_seconds: float = 0.0
     """Time the oracle took; not part of the migration's."""
+    judge: Callable[[U64], Verdict] | None = None
+    """Judges page digests of the destination that were got another way (a file does not answer). Valid as long as the
+    guest's journal is open."""
 
 
 class SourceHost:
@@ -119,9 +129,8 @@ class SourceHost:
         self.device.discard = self._discard
         self.backend = VhostUserBackend(self.device, self.loop)
         self.device_log: SoftwareDirtyLog | None = None
-        self._folder = tempfile.mkdtemp(prefix="virtio-balloon-")
-        self.socket_path = os.path.join(self._folder, "balloon.sock")
-        self.backend.listen(self.socket_path)
+        self._migration: Migration | None = None
+        self._folder: str | None = None
 
     def __enter__(self) -> SourceHost:
         return self
@@ -133,7 +142,25 @@ class SourceHost:
         """Close the device and remove the socket."""
         self.backend.close()
         self.loop.close()
-        shutil.rmtree(self._folder, ignore_errors=True)
+        if self._folder is not None:
+            shutil.rmtree(self._folder, ignore_errors=True)
+
+    @property
+    def socket_path(self) -> str:
+        """Path where a front end can connect, made when it is first asked for.
+
+        It lies in a folder of its own, which `close` removes. A program that is killed leaves it behind, so a guest
+        that can be given a connected socket (`PythonGuest`) needs none.
+        """
+        if self._folder is None:
+            self._folder = tempfile.mkdtemp(prefix="virtio-balloon-")
+            self.backend.listen(os.path.join(self._folder, "balloon.sock"))
+        return os.path.join(self._folder, "balloon.sock")
+
+    @property
+    def handed_over(self) -> bool:
+        """Whether the last migration gave the guest away, also if it failed afterwards: it must not go on here."""
+        return self._migration is not None and self._migration.committed
 
     @property
     def memory(self) -> GuestMemory | None:
@@ -167,6 +194,7 @@ class SourceHost:
         at_pause: Callable[[], dict[str, Any]] = dict,
         report_timeout: float = 0.0,
         stop_requested: Callable[[], bool] = lambda: False,
+        silence: float = SILENCE,
     ) -> Outcome:
         """Migrate the guest that is connected.
 
@@ -196,6 +224,8 @@ class SourceHost:
             Seconds to wait for the destination to say how the guest does there; 0: do not.
         stop_requested
             Asked at each step; True cancels.
+        silence
+            Seconds the destination may say no hello, or take nothing of what is sent, before it counts as gone.
 
         Raises
         ------
@@ -204,7 +234,7 @@ class SourceHost:
         """
         assert self.memory is not None
         if isinstance(output, SocketOutput):
-            self._wait_hello(output)
+            self._wait_hello(output, guest, min(silence, HELLO_TIMEOUT), stop_requested)
         clock = MigrationClock()
         witness = Witness(self.memory, self.device, journal, clock)
         outcome = Outcome(MigrationResult())
@@ -231,9 +261,11 @@ class SourceHost:
             observer=witness,
             hand_over=hand_over,
         )
+        self._migration = migration
         migration.result.hints_refused = refused or migration.result.hints_refused
         outcome.result = migration.result
         watched = output.fileno() if isinstance(output, SocketOutput) else -1
+        sent, sent_at = 0, time.monotonic()
         try:
             while not migration.finished:
                 if stop_requested():
@@ -245,10 +277,17 @@ class SourceHost:
                     self.loop.watch(watched, _nothing, WRITE)
                 else:
                     self.loop.unwatch(watched)
-                self.loop.run_once(max(wake - clock(), 0.0))
-                guest.check_alive()
+                if not output.blocked or output.bytes_sent != sent:
+                    sent, sent_at = output.bytes_sent, time.monotonic()
+                elif time.monotonic() - sent_at > silence:
+                    raise PeerVanished(f"the destination took nothing for {silence:g} s")
+                self.loop.run_once(min(max(wake - clock(), 0.0), NAP))
+                if not migration.committed:  # then it is the destination's, and this one may end
+                    guest.check_alive()
         except BaseException as error:
             migration.abort(error)
+            if isinstance(error, (MissingFacility, UsageError, OSError)) and not migration.committed:
+                self._look_after(guest)
             raise
         finally:
             self.loop.unwatch(watched)
@@ -256,10 +295,24 @@ class SourceHost:
         self._collect(outcome, migration, witness)
         outcome.oracle_seconds = clock.excluded
         if report_timeout and isinstance(output, SocketOutput):
-            outcome.report = self._wait_report(output, report_timeout)
+            outcome.report = self._wait_report(output, report_timeout, stop_requested)
         return outcome
 
+    def _look_after(self, guest: GuestHandle) -> None:
+        """After a failure: a guest that is gone is the reason. One that is dying fails its dirty log a moment before.
+
+        Raises
+        ------
+        PeerVanished
+            If it is gone.
+        """
+        end = time.monotonic() + 2 * NAP
+        while time.monotonic() < end:
+            guest.check_alive()
+            self.loop.run_once(NAP / 10)
+
     def _collect(self, outcome: Outcome, migration: Migration, witness: Witness) -> None:
+        outcome.judge = witness.verdict
         parts = [np.frombuffer(r.payload, "<u8") for r in migration.answers if r.kind is Kind.DIGESTS]
         if parts:
             outcome.verdict = witness.verdict(np.concatenate(parts))
@@ -269,11 +322,16 @@ class SourceHost:
         outcome.nonzero_outside_hints = witness.nonzero_outside_hints()
         outcome.pages_rewritten = witness.pages_rewritten()
 
-    def _wait_hello(self, output: SocketOutput) -> None:
+    def _wait_hello(
+        self, output: SocketOutput, guest: GuestHandle, timeout: float, stop_requested: Callable[[], bool]
+    ) -> None:
         """A destination speaks first: a migration does not begin before somebody is there who understands it."""
         heard: list[dict[str, Any]] = []
 
         def arrived() -> bool:
+            if stop_requested():
+                raise Cancelled("cancelled by the user before it began")
+            guest.check_alive()
             record = output.answer()
             if record is not None and record.kind is not Kind.HELLO:
                 raise StreamError(f"the destination began with {record.kind.name}, not with HELLO")
@@ -282,12 +340,17 @@ class SourceHost:
                 heard.append(record.json())
             return bool(heard)
 
-        self.loop.run_until(arrived, HELLO_TIMEOUT, "the destination to say hello (is it `balloon receive`?)")
+        self.loop.run_until(arrived, timeout, "the destination to say hello (is it `balloon receive`?)")
 
-    def _wait_report(self, output: SocketOutput, timeout: float) -> dict[str, Any]:
+    def _wait_report(
+        self, output: SocketOutput, timeout: float, stop_requested: Callable[[], bool]
+    ) -> dict[str, Any] | None:
+        """Return what the destination says of the guest; None if the user would not wait."""
         found: list[dict[str, Any]] = []
 
         def arrived() -> bool:
+            if stop_requested():
+                return True
             record = output.answer()
             if record is not None:
                 if record.kind is Kind.REFUSED:
@@ -296,7 +359,7 @@ class SourceHost:
             return bool(found)
 
         self.loop.run_until(arrived, timeout, "the destination to report on the guest")
-        return found[0]
+        return found[0] if found else None
 
 
 def _nothing() -> None:
