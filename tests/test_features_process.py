@@ -92,7 +92,7 @@ def test_poisoned_guest_is_migrated_with_everything_on():
                     output,
                     limits=Limits(bandwidth=512 * MIB),
                     journal=guest.journal,
-                    header={"guest": "python", "resume_arguments": []},
+                    header={"guest": "python", "resume": {}},
                     at_pause=lambda: guest.status,
                     report_timeout=60.0,
                 )
