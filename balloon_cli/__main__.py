@@ -9,8 +9,10 @@ from typing import Any
 
 import click
 
+from balloon_cli.ctl import ctl
 from balloon_cli.errors import INVARIANT, exit_code
 from balloon_cli.migrate import MigrateOptions, Progress, migrate_all
+from balloon_cli.serve import serve
 from balloon_dev.profiles import PROFILES, profile_named
 from host_qemu_side.migration.engine import Limits
 from vring.errors import UsageError, VirtioError
@@ -84,6 +86,10 @@ def receive(address: str, quiet: bool, die_with_parent: bool, as_json: bool) -> 
     from balloon_cli.receive import receive_guest
 
     receive_guest(address, quiet=quiet, die_with_parent=die_with_parent, as_json=as_json)
+
+
+cli.add_command(serve)
+cli.add_command(ctl)
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -254,6 +254,8 @@ class Migration:
         self.answers: list[Record] = []
         """Records the destination sent before READY, READY itself last."""
         self.frozen = False
+        self.committed = False
+        """Whether COMMIT may have been sent: from then on the guest is the destination's, whatever fails after."""
         if hints is not None and not log.hints_safe:
             self.hints, self.result.hints_refused = (
                 None,
@@ -497,7 +499,7 @@ class Migration:
                     break
         if self.hand_over:
             # From the moment these bytes may have left, the guest is no longer ours.
-            self.phase = Phase.COMMITTED
+            self.phase, self.committed = Phase.COMMITTED, True
             self._queue(self._writer.commit())
             yield from self._drain()
         self.output.finish()
