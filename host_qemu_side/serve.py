@@ -107,6 +107,7 @@ class Server:
         self.migration = MigrationCommands(self.host)
         self.control = DeviceCommands(self.host)
         self.host.migrating = lambda: self.migration.active
+        self.host.migration_run = self.migration.hint_run
         self._groups: list[CommandGroup] = [self.balloon, self.hints, self.migration, self.control]
         self.monitor: MonitorServer | None = None
         self._negotiated = 0

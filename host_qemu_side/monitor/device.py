@@ -74,7 +74,7 @@ class DeviceCommands:
             },
             "config": {
                 "num-pages": device.config[NUM_PAGES],
-                "actual": device.config[ACTUAL],
+                "actual-pages": device.config[ACTUAL],
                 "free-page-hint-cmd-id": device.config[CMD_ID],
                 "poison-val": device.config[POISON_VAL],
                 "generation": device.config_generation,

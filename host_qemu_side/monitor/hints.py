@@ -118,16 +118,21 @@ class HintCommands:
         answer = {
             "state": hinting.state.name.lower(),
             "running": hinting.active,
-            "command-id": run.command_id if run is not None else None,
-            "blocks": run.blocks if run is not None else 0,
-            "bytes": run.bytes if run is not None else 0,
-            "seconds": round(self._seconds(run), 6) if run is not None else 0.0,
-            "ended-by": run.ended_by if run is not None else None,
             "since": round(self._since, 6),
             "migration": self._host.migrating(),
+            "command-id": None,
+            "blocks": 0,
+            "bytes": 0,
+            "seconds": 0.0,
+            "ended-by": None,
         }
-        if self._host.migrating():
-            answer["command-id"] = hinting.command_id
+        theirs = self._host.migration_run() if self._host.migrating() else None
+        if theirs is not None:
+            answer |= {"command-id": theirs.command_id, "blocks": theirs.blocks, "bytes": theirs.bytes}
+            answer["seconds"] = round(theirs.seconds, 6)
+        elif run is not None:
+            answer |= {"command-id": run.command_id, "blocks": run.blocks, "bytes": run.bytes}
+            answer |= {"seconds": round(self._seconds(run), 6), "ended-by": run.ended_by}
         return answer
 
     def run(self, deadline: float = DEADLINE) -> Deferred:

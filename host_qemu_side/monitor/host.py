@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 from balloon_dev.device import BalloonDevice
 from host_qemu_side.loop import Loop
+from host_qemu_side.migration.engine import HintRunStats
 from host_qemu_side.monitor.dispatch import Command, Deferred
 from host_qemu_side.monitor.framing import ErrorClass, QmpError
 from host_qemu_side.python_guest import PAUSE_TIMEOUT, PythonGuest
@@ -158,6 +159,8 @@ class Host:
     """None: the front end was started by somebody else."""
     migrating: Callable[[], bool] = field(default=lambda: False)
     """Whether a migration is going on: it does the hinting then."""
+    migration_run: Callable[[], HintRunStats | None] = field(default=lambda: None)
+    """The last run of hints of the migration that is going on."""
 
     def memory(self) -> GuestMemory:
         """Return the guest's RAM; without a front end that is an error."""

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from host_qemu_side.migration.connecting import Connecting
-from host_qemu_side.migration.engine import Cancelled, Limits, MigrationResult, Phase
+from host_qemu_side.migration.engine import Cancelled, HintRunStats, Limits, MigrationResult, Phase
 from host_qemu_side.migration.output import FileOutput, SocketOutput
 from host_qemu_side.monitor.dispatch import Command, Param
 from host_qemu_side.monitor.framing import QmpError
@@ -94,6 +94,11 @@ class MigrationCommands:
     def active(self) -> bool:
         """Whether a migration is going on."""
         return self.status in ("setup", "active", "cancelling")
+
+    def hint_run(self) -> HintRunStats | None:
+        """Return the last run of hints, for query-hint."""
+        runs = self._runner.migration.result.hint_runs if self._runner is not None else []
+        return runs[-1] if runs else None
 
     def migrate(self, uri: str, hints: bool = True, verify: bool = False, detach: bool = True) -> None:
         """Begin a migration; how it goes is told by query-migrate and MIGRATION events."""

@@ -10,6 +10,7 @@ import contextlib
 import logging
 import os
 import socket
+import stat
 import time
 from typing import Any
 
@@ -17,7 +18,7 @@ from host_qemu_side.loop import READ, WRITE, Loop
 from host_qemu_side.monitor.dispatch import Dispatcher, Session
 from vring.errors import UsageError
 
-__all__ = ["MonitorServer", "listen_unix"]
+__all__ = ["MonitorServer", "listen_unix", "remove_stale"]
 
 log = logging.getLogger(__name__)
 MAX_CLIENTS = 16
@@ -26,6 +27,11 @@ READ_SIZE = 16 << 10
 
 def remove_stale(path: str) -> None:
     """Remove a socket nobody listens on: what a process that was killed left behind. Anything else stays."""
+    try:
+        if not stat.S_ISSOCK(os.lstat(path).st_mode):  # connecting to a plain file is refused just the same
+            return
+    except OSError:
+        return
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK) as probe:
         try:
             probe.connect(path)
