@@ -128,7 +128,7 @@ def test_qemus_library_balloons_and_migrates(serve, tmp_path):
             await qmp.execute("balloon")
         with pytest.raises(ExecuteError) as caught:
             await qmp.execute("device_add")
-        assert caught.value.error.class_ == "CommandNotFound"
+        assert caught.value.error_class == "CommandNotFound"
         hint = await qmp.execute("hint-run", {"deadline": 10})
         assert hint["completed"]
         assert hint["blocks"] > 0
