@@ -13,6 +13,10 @@ import time
 import pytest
 from qemu.qmp import EventListener, ExecuteError, QMPClient
 
+from balloon_cli.ctl import CommandFailed, MonitorClient
+from host_qemu_side.linux_guest import LinuxGuest
+from vring.errors import MissingFacility
+
 MIB = 1 << 20
 BALLOON = [sys.executable, "-m", "balloon_cli"]
 
@@ -54,8 +58,13 @@ class Process:
         assert done.returncode == code, done.stderr + done.stdout
         return done.stdout + done.stderr
 
-    def json(self, *arguments, code=0):
-        return json.loads(self.ctl(*arguments, "--json", code=code))["return"]
+    def ask(self, command, **arguments):
+        """Run one command without a process of its own."""
+        client = MonitorClient(str(self.monitor))
+        try:
+            return client.execute(command, arguments)
+        finally:
+            client.close()
 
     def end(self):
         self.process.terminate()
@@ -210,73 +219,74 @@ def test_stop_and_cont(serve):
 
 def test_cancel_then_migrate_over_tcp_with_limits_changed_on_the_way(serve):
     serve.ctl("migrate-set-parameters", "max-bandwidth=1M", "downtime-limit=0")
-    assert serve.json("query-migrate-parameters") == {"max-bandwidth": MIB, "downtime-limit": 0}
+    assert serve.ask("query-migrate-parameters") == {"max-bandwidth": MIB, "downtime-limit": 0}
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
     address = f"tcp:127.0.0.1:{port}"
     with receiver(address) as destination:
-        serve.ctl("migrate", f"uri={address}")
-        wait_for(lambda: serve.json("query-migrate").get("ram", {}).get("transferred", 0) > 256 << 10)
-        assert serve.json("query-migrate")["status"] == "active"
-        assert serve.json("query-migrate")["ram"]["remaining"] > 0
-        assert serve.json("query-hint")["migration"] is True
+        serve.ask("migrate", uri=address)
+        wait_for(lambda: serve.ask("query-migrate").get("ram", {}).get("transferred", 0) > 256 << 10)
+        assert serve.ask("query-migrate")["status"] == "active"
+        assert serve.ask("query-migrate")["ram"]["remaining"] > 0
+        assert serve.ask("query-hint")["migration"] is True
         for command in ("hint-start", "hint-run", "hint-done", "hint-stop"):
-            assert "migration is going on" in serve.ctl(command, code=2)
-        assert "in progress" in serve.ctl("migrate", f"uri={address}", code=2)
-        serve.ctl("migrate_cancel")
-        wait_for(lambda: serve.json("query-migrate")["status"] == "cancelled")
+            with pytest.raises(CommandFailed, match="migration is going on"):
+                serve.ask(command)
+        with pytest.raises(CommandFailed, match="in progress"):
+            serve.ask("migrate", uri=address)
+        serve.ask("migrate_cancel")
+        wait_for(lambda: serve.ask("query-migrate")["status"] == "cancelled")
         destination.communicate(timeout=20)
         assert destination.returncode == 5
-    assert serve.json("query-status")["running"] is True
-    assert serve.json("query-hint")["state"] == "done"
-    assert serve.json("hint-run")["completed"] is True
+    assert serve.ask("query-status")["running"] is True
+    assert serve.ask("query-hint")["state"] == "done"
+    assert serve.ask("hint-run")["completed"] is True
     with receiver(address):
-        serve.ctl("migrate", f"uri={address}")
-        wait_for(lambda: serve.json("query-migrate")["status"] == "active")
+        serve.ask("migrate", uri=address)
+        wait_for(lambda: serve.ask("query-migrate")["status"] == "active")
         began = time.monotonic()
-        serve.ctl("migrate-set-parameters", "max-bandwidth=0", "downtime-limit=300")
-        wait_for(lambda: serve.json("query-migrate")["status"] == "completed")
+        serve.ask("migrate-set-parameters", **{"max-bandwidth": 0, "downtime-limit": 300})
+        wait_for(lambda: serve.ask("query-migrate")["status"] == "completed")
         assert time.monotonic() - began < 6  # at 1 MiB/s it would take longer
-        wait_for(lambda: "destination" in serve.json("query-migrate"))
-    assert serve.json("query-migrate")["destination"]["pages_wrong"] == 0
+        wait_for(lambda: "destination" in serve.ask("query-migrate"))
+    assert serve.ask("query-migrate")["destination"]["pages_wrong"] == 0
 
 
 def test_a_stopped_guest_migrates_and_a_failed_migration_leaves_it_stopped(serve, tmp_path):
-    serve.ctl("stop")
+    serve.ask("stop")
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(str(tmp_path / "d.sock"))
     listener.listen(1)
-    serve.ctl("migrate", f"uri=unix:{tmp_path}/d.sock")
+    serve.ask("migrate", uri=f"unix:{tmp_path}/d.sock")
     connection, _ = listener.accept()
     connection.send(b"I am no receiver, but I have a lot to say. " * 10)
-    wait_for(lambda: serve.json("query-migrate")["status"] == "failed")
-    assert serve.json("query-migrate")["error-desc"]
+    wait_for(lambda: serve.ask("query-migrate")["status"] == "failed")
+    assert serve.ask("query-migrate")["error-desc"]
     connection.close()
     listener.close()
     os.unlink(tmp_path / "d.sock")
-    assert serve.json("query-status")["status"] == "paused"
+    assert serve.ask("query-status")["status"] == "paused"
     with receiver(f"unix:{tmp_path}/d.sock"):
         serve.ctl("migrate", f"uri=unix:{tmp_path}/d.sock", "verify=true", "--wait")
-        assert serve.json("query-migrate")["verify"]["pages_wrong"] == 0
+        assert serve.ask("query-migrate")["verify"]["pages_wrong"] == 0
 
 
 def test_a_destination_that_dies(serve, tmp_path):
-    serve.ctl("migrate-set-parameters", "max-bandwidth=1M")
+    serve.ask("migrate-set-parameters", **{"max-bandwidth": MIB})
     with receiver(f"unix:{tmp_path}/d.sock") as destination:
-        serve.ctl("migrate", f"uri=unix:{tmp_path}/d.sock")
-        wait_for(lambda: serve.json("query-migrate").get("ram", {}).get("transferred", 0) > 256 << 10)
+        serve.ask("migrate", uri=f"unix:{tmp_path}/d.sock")
+        wait_for(lambda: serve.ask("query-migrate").get("ram", {}).get("transferred", 0) > 256 << 10)
         destination.kill()
-        wait_for(lambda: serve.json("query-migrate")["status"] == "failed")
-    os.unlink(tmp_path / "d.sock") if (tmp_path / "d.sock").exists() else None
-    assert "destination" in serve.json("query-migrate")["error-desc"]
-    assert serve.json("query-status")["running"] is True
-    assert serve.json("hint-run")["completed"] is True
+        wait_for(lambda: serve.ask("query-migrate")["status"] == "failed")
+    assert "destination" in serve.ask("query-migrate")["error-desc"]
+    assert serve.ask("query-status")["running"] is True
+    assert serve.ask("hint-run")["completed"] is True
 
 
 def test_into_a_file_and_from_it(serve, tmp_path):
     path = tmp_path / "guest.img"
     assert "completed" in serve.ctl("migrate", f"uri=file:{path}", "hints=false", "--wait")
-    assert serve.json("query-migrate")["hints"]["runs"] == 0
+    assert serve.ask("query-migrate")["hints"]["runs"] == 0
     done = subprocess.run([*BALLOON, "receive", f"file:{path}", "--json"], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["resumed"]["pages_wrong"] == 0
@@ -302,7 +312,7 @@ def test_places_that_cannot_be(serve, uri, code, words):
         assert words in text.stderr
     else:
         assert words in serve.ctl("migrate", f"uri={uri}", code=code)
-    assert serve.json("query-status")["running"] is True
+    assert serve.ask("query-status")["running"] is True
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 0)])
@@ -312,9 +322,9 @@ def test_a_signal_says_done_and_removes_the_sockets(tmp_path, number, code):
     guest = subprocess.Popen([*command, "--workload", "idle"], stderr=subprocess.PIPE, text=True)
     try:
         wait_for(lambda: serve.told("front-end-ready"))
-        wait_for(lambda: serve.json("query-device")["queues"][0]["live"])
-        serve.ctl("hint-start")
-        wait_for(lambda: serve.json("query-hint")["state"] == "stop")
+        wait_for(lambda: serve.ask("query-device")["queues"][0]["live"])
+        serve.ask("hint-start")
+        wait_for(lambda: serve.ask("query-hint")["state"] == "stop")
         serve.process.send_signal(number)
         assert serve.process.wait(10) == code
         assert serve.told("HINT_STATE")[-1]["state"] == "stop"  # DONE comes after the last event
@@ -328,10 +338,10 @@ def test_a_signal_says_done_and_removes_the_sockets(tmp_path, number, code):
 
 def test_a_signal_cancels_a_migration(tmp_path):
     serve = Process(tmp_path)
-    serve.ctl("migrate-set-parameters", "max-bandwidth=1M")
+    serve.ask("migrate-set-parameters", **{"max-bandwidth": MIB})
     with receiver(f"unix:{tmp_path}/d.sock") as destination:
-        serve.ctl("migrate", f"uri=unix:{tmp_path}/d.sock")
-        wait_for(lambda: serve.json("query-migrate").get("ram", {}).get("transferred", 0) > 256 << 10)
+        serve.ask("migrate", uri=f"unix:{tmp_path}/d.sock")
+        wait_for(lambda: serve.ask("query-migrate").get("ram", {}).get("transferred", 0) > 256 << 10)
         serve.process.send_signal(signal.SIGINT)
         assert serve.process.wait(10) == 130
         _, error = destination.communicate(timeout=10)
@@ -345,8 +355,13 @@ def test_ctl_for_people(serve):
     text = serve.ctl()
     assert "hint-run" in text
     assert "[deadline=number]" in text
+    assert json.loads(serve.ctl("query-status", "--json")) == {
+        "schema_version": 1,
+        "command": "query-status",
+        "return": {"status": "running", "running": True},
+    }
     assert serve.ctl("balloon", "value=48M") == ""
-    wait_for(lambda: serve.json("query-balloon")["actual"] == 48 * MIB)
+    wait_for(lambda: serve.ask("query-balloon")["actual"] == 48 * MIB)
     assert "48.0 MiB" in serve.ctl("query-balloon")
     assert "0x80000001" in serve.ctl("hint-run")
     assert "avail ring:" in serve.ctl("query-queues")
@@ -386,3 +401,38 @@ def test_wrong_options(tmp_path):
         assert done.returncode == 2, done.stderr
         assert words in done.stderr
         assert not os.listdir(tmp_path)
+
+
+@pytest.mark.uml
+def test_an_unmodified_linux_kernel_twice(tmp_path):
+    serve = Process(tmp_path, "--profile", "linux", guest=False)
+    try:
+        for number in (1, 2):
+            guest = LinuxGuest(128 * MIB, tmp_path / "work", serve.socket, cache=tmp_path / "cache")
+            with guest:
+                guest.wait_ready()
+                guest.load_balloon()
+                wait_for(lambda: serve.ask("query-device")["front-end"]["memory"])
+                device = serve.ask("query-device")
+                assert device["front-end"]["connections"] == number
+                ram = device["front-end"]["memory"]
+                if number == 1:
+                    serve.ask("balloon", value=ram - 16 * MIB)
+                wait_for(lambda size=ram - 16 * MIB: serve.ask("query-balloon")["actual"] == size)
+                hint = serve.ask("hint-run", deadline=20)
+                assert hint["completed"]
+                assert hint["blocks"] > 3
+                guest.unload_balloon()
+                guest.load_balloon()
+                wait_for(lambda: serve.ask("query-device")["features"]["negotiated"])
+                assert serve.ask("hint-run", deadline=20)["completed"]
+                with pytest.raises(CommandFailed, match="freeze control"):
+                    serve.ask("stop")
+            wait_for(lambda: not serve.ask("query-device")["front-end"]["connected"])
+            assert serve.ask("query-hint")["running"] is False
+    except MissingFacility as missing:
+        pytest.skip(str(missing))
+    finally:
+        serve.end()
+        print(serve.log.read_text())
+    assert "Traceback" not in serve.log.read_text()
