@@ -14,7 +14,7 @@ from typing import Any
 import click
 
 from balloon_cli.errors import INTERRUPTED
-from balloon_dev.device import DEFAULT_FEATURES
+from balloon_dev.device import DEFAULT_FEATURES, SUPPORTED_FEATURES
 from balloon_dev.features import BalloonFeature
 from balloon_dev.profiles import PROFILES, profile_named
 from host_qemu_side.loop import Loop
@@ -23,7 +23,10 @@ from vring.errors import UsageError
 from vring.features import CommonFeature
 from vring.sizes import parse_size
 
-__all__ = ["parse_features", "serve"]
+__all__ = ["FEATURES", "parse_features", "serve"]
+
+FEATURES = DEFAULT_FEATURES | (SUPPORTED_FEATURES & int(BalloonFeature.STATS_VQ | BalloonFeature.DEFLATE_ON_OOM))
+"""Offered unless others are asked for: hints, and what costs a guest nothing."""
 
 EXAMPLES = """\b
 Examples:
@@ -108,7 +111,9 @@ def _plain(value: Any) -> str:
 @click.argument("socket_path", metavar="SOCKET")
 @click.option("--monitor", metavar="PATH", help="Unix socket that speaks QMP: for `balloon ctl` and QEMU's tools.")
 @click.option("--profile", type=click.Choice(sorted(PROFILES)), default="spec", show_default=True)
-@click.option("--features", metavar="LIST", help="Names with commas, or a number.")
+@click.option("--features", metavar="LIST", help="Names or a number; default: hints and what costs a guest nothing.")
+    "--features", metavar="LIST", help="Names with commas, or a number; default: hints and what costs a guest nothing."
+)
 @click.option("--target", metavar="SIZE", help="What a guest is to have; the balloon takes the rest.")
 @click.option("--guest", type=click.Choice(["python"]), help="Start a guest too; it can be paused and migrated.")
 @click.option("--memory", metavar="SIZE", default="256M", show_default=True, help="RAM of that guest.")
@@ -123,16 +128,17 @@ def serve(socket_path: str, **options: Any) -> None:
     and exits with 130 (0); the second one kills.
     """
     profile = profile_named(options["profile"])
+    features = FEATURES if options["features"] is None else parse_features(options["features"])
     arguments = None
     resume = ["--profile", profile.name]
     if options["guest"] is not None:
         arguments = ["--memory", str(parse_size(options["memory"])), "--workload", options["workload"]]
-        arguments += ["--seed", str(options["seed"]), *resume]
+        arguments += ["--seed", str(options["seed"]), "--features", hex(features), *resume]
     serve_options = ServeOptions(
         socket=socket_path,
         monitor=options["monitor"],
         profile=profile,
-        features=DEFAULT_FEATURES if options["features"] is None else parse_features(options["features"]),
+        features=features,
         target=None if options["target"] is None else parse_size(options["target"]),
         guest_arguments=arguments,
         resume_arguments=resume,

@@ -123,7 +123,7 @@ class Server:
             if options.guest_arguments is not None:
                 self._guest = PythonGuest(self.loop, self.backend, options.socket, options.guest_arguments)
                 header = {"guest": "python", "resume_arguments": options.resume_arguments}
-                self.host.guest = OwnGuest(self._guest, header, self._emit)
+                self.host.guest = OwnGuest(self._guest, header, self._emit, self._attend)
         except BaseException:
             self.close()
             raise
@@ -141,6 +141,9 @@ class Server:
         self._tell(name, data or {})
         if self.monitor is not None:
             self.monitor.event(name, data)
+
+    def _attend(self) -> bool:
+        return self.monitor is not None and self.monitor.step()
 
     def _discard(self, addr: U64, length: U64) -> None:
         if self.backend.memory is not None:
@@ -179,7 +182,7 @@ class Server:
                 self._tell("guest-ready", {"pid": self.host.guest.guest.pid})
         for group in self._groups:
             wait = min(wait, group.tick(now))
-        if self.monitor is not None and self.monitor.step():
+        if self._attend():
             wait = 0.0
         self.loop.run_once(wait)
         self._notice()

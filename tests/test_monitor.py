@@ -1,5 +1,6 @@
 """QMP's framing, conversation and socket adapter, without a device behind them."""
 
+import contextlib
 import json
 import os
 import socket
@@ -185,7 +186,8 @@ def test_errors(talk, message, kind, words):
 
 
 def test_numbers_may_be_integers(talk):
-    assert talk.say(line(execute="echo", arguments={"some-int": 1, "part": 2})) == [{"return": {"some_int": 1, "part": 2}}]
+    answer = talk.say(line(execute="echo", arguments={"some-int": 1, "part": 2}))
+    assert answer == [{"return": {"some_int": 1, "part": 2}}]
 
 
 def test_a_deferred_reply_keeps_the_order(talk):
@@ -358,8 +360,8 @@ def test_a_stale_socket_is_replaced_and_a_live_one_is_not(tmp_path):
 
 pieces = st.one_of(
     st.binary(max_size=200),
-    st.sampled_from([NEGOTIATE, line(execute="query-version"), line(execute="query-commands", id="x"), b"\n", b"{", b"}",
-                     b'"', b"\xff", b"\x00", b"x" * (MAX_LINE + 1), b"[" * 3000, line(execute="qmp_capabilities", id=[])]),
+    st.sampled_from([NEGOTIATE, line(execute="query-version"), line(execute="query-commands", id="x"), b"\n", b"{",
+                     b"}", b'"', b"\xff", b"\x00", b"x" * (MAX_LINE + 1), b"[" * 3000, line(execute="nothing", id=[])]),
     st.recursive(
         st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
         lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(
@@ -381,10 +383,8 @@ def test_random_bytes_never_make_the_monitor_deaf(tmp_path, chunks):
     try:
         for chunk in chunks:
             while chunk:
-                try:
+                with contextlib.suppress(BlockingIOError):
                     chunk = chunk[sock.send(chunk) :]
-                except BlockingIOError:
-                    pass
                 wire.turn(2)
         sock.send(b"\n" + NEGOTIATE + line(execute="query-version", id="the end"))
         end, seen = time.monotonic() + 5, b""

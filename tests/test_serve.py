@@ -8,12 +8,14 @@ import subprocess
 import sys
 import time
 from collections import deque
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from balloon_dev.device import BalloonDevice
+from balloon_dev.device import DEFAULT_FEATURES, SUPPORTED_FEATURES
+from balloon_dev.features import BalloonFeature
 from balloon_dev.hinting import HintState
 from host_qemu_side.monitor.balloon import STATS
 from host_qemu_side.serve import ServeOptions, Server
@@ -313,30 +315,50 @@ def test_device_in_detail(served, client):
     assert f"avail idx {free['avail-idx']}, used idx {free['used-idx']}" in text
 
 
-def test_statistics_need_a_device_that_has_them(client):
-    if hasattr(BalloonDevice, "request_stats"):
-        pytest.skip("this device has them")
-    with pytest.raises(Failed, match="STATS_VQ"):
-        client("qom-get", path=BALLOON, property="guest-stats")
-    assert client("qom-get", path=BALLOON, property="guest-stats-polling-interval") == 0
-    with pytest.raises(Failed, match="STATS_VQ"):
-        client("qom-set", path=BALLOON, property="guest-stats-polling-interval", value=1)
-    client("qom-set", path=BALLOON, property="guest-stats-polling-interval", value=0)
+def test_statistics_need_a_device_that_has_them(tmp_path):
+    served = Served(tmp_path, features=DEFAULT_FEATURES & ~BalloonFeature.STATS_VQ)
+    try:
+        client = served.client()
+        with pytest.raises(Failed, match="STATS_VQ"):
+            client("qom-get", path=BALLOON, property="guest-stats")
+        assert client("qom-get", path=BALLOON, property="guest-stats-polling-interval") == 0
+        with pytest.raises(Failed, match="STATS_VQ"):
+            client("qom-set", path=BALLOON, property="guest-stats-polling-interval", value=1)
+        client("qom-set", path=BALLOON, property="guest-stats-polling-interval", value=0)
+    finally:
+        served.close()
 
 
 def test_statistics_as_qemu_names_them(served, client, monkeypatch):
     device, asked = served.server.device, []
-    monkeypatch.setattr(device, "stats", {"stat-free-memory": 5, "stat-new": 7}, raising=False)
-    monkeypatch.setattr(device, "stats_updates", 0, raising=False)
+    figures = SimpleNamespace(values={"stat-free-memory": 5, "stat-new": 7}, updates=0)
+    monkeypatch.setattr(device, "offered_features", device.offered_features | BalloonFeature.STATS_VQ)
+    monkeypatch.setattr(device, "stats", figures, raising=False)
     monkeypatch.setattr(device, "request_stats", lambda: asked.append(1) or True, raising=False)
     client("qom-set", path=BALLOON, property="guest-stats-polling-interval", value=1)
     assert client("qom-get", path=BALLOON, property="guest-stats-polling-interval") == 1
     client.until(lambda: len(asked) == 2)
-    monkeypatch.setattr(device, "stats_updates", 1)
-    answer = client("qom-get", path=BALLOON, property="guest-stats")
+    assert client("qom-get", path=BALLOON, property="guest-stats")["last-update"] == 0
+    figures.updates = 1
+    client("query-status")
     answer = client("qom-get", path=BALLOON, property="guest-stats")
     assert abs(answer["last-update"] - time.time()) < 5
     assert answer["stats"] == {**dict.fromkeys(STATS, -1), "stat-free-memory": 5, "stat-new": 7}
+
+
+@pytest.mark.skipif(not SUPPORTED_FEATURES & BalloonFeature.STATS_VQ, reason="the device serves no statistics queue")
+def test_statistics_of_a_guest(tmp_path):
+    features = DEFAULT_FEATURES | BalloonFeature.STATS_VQ
+    served = Served(tmp_path, features=features)
+    try:
+        client = served.client()
+        served.guest(client, "--features", hex(features))
+        client("qom-set", path=BALLOON, property="guest-stats-polling-interval", value=1)
+        client.until(lambda: client("qom-get", path=BALLOON, property="guest-stats")["last-update"])
+        stats = client("qom-get", path=BALLOON, property="guest-stats")["stats"]
+        assert 0 < stats["stat-free-memory"] < stats["stat-total-memory"] <= 64 * MIB
+    finally:
+        served.close()
 
 
 @pytest.mark.parametrize(
@@ -400,7 +422,9 @@ commands = st.fixed_dictionaries(
     {"execute": st.sampled_from(NAMES)},
     optional={
         "arguments": st.dictionaries(
-            st.sampled_from(["value", "path", "property", "deadline", "uri", "hints", "max-bandwidth", "downtime-limit"]),
+            st.sampled_from(
+                ["value", "path", "property", "deadline", "uri", "hints", "max-bandwidth", "downtime-limit"]
+            ),
             values,
             max_size=3,
         )

@@ -54,7 +54,8 @@ class Process:
         return [json.loads(text)["data"] for text in self.log.read_text().splitlines() if f'"event": "{name}"' in text]
 
     def ctl(self, *arguments, code=0):
-        done = subprocess.run([*BALLOON, "ctl", str(self.monitor), *arguments], capture_output=True, text=True, timeout=60)
+        run = [*BALLOON, "ctl", str(self.monitor), *arguments]
+        done = subprocess.run(run, capture_output=True, text=True, timeout=60)
         assert done.returncode == code, done.stderr + done.stdout
         return done.stdout + done.stderr
 
@@ -401,6 +402,34 @@ def test_wrong_options(tmp_path):
         assert done.returncode == 2, done.stderr
         assert words in done.stderr
         assert not os.listdir(tmp_path)
+
+
+def test_a_guest_that_hangs_is_told_and_others_are_answered_meanwhile(serve, tmp_path):
+    pid = serve.told("guest-ready")[0]["pid"]
+    with receiver(f"unix:{tmp_path}/d.sock") as destination:
+        serve.ask("migrate-set-parameters", **{"max-bandwidth": 0})
+        os.kill(pid, signal.SIGSTOP)
+        try:
+            serve.ask("migrate", uri=f"unix:{tmp_path}/d.sock")
+            wait_for(lambda: serve.ask("query-status")["status"] == "finish-migrate")
+            serve.ask("migrate_cancel")
+            for _ in range(20):
+                began = time.monotonic()
+                assert serve.ask("query-migrate")["status"] == "cancelling"
+                assert time.monotonic() - began < 1
+            wait_for(lambda: serve.ask("query-migrate")["status"] in ("cancelled", "failed"), 15)
+            client = MonitorClient(str(serve.monitor))
+            with pytest.raises(CommandFailed, match="did not pause"):
+                client.execute("stop")
+            client.close()
+        finally:
+            os.kill(pid, signal.SIGCONT)
+        destination.communicate(timeout=20)
+    assert "did not say 'paused'" in serve.ask("query-migrate")["error-desc"]
+    assert serve.ask("query-status") == {"status": "running", "running": True}
+    wait_for(lambda: serve.ask("hint-run", deadline=10)["completed"])
+    serve.ask("stop")
+    assert serve.ask("query-status")["status"] == "paused"
 
 
 @pytest.mark.uml

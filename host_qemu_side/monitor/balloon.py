@@ -6,6 +6,7 @@ import time
 from collections.abc import Mapping
 from typing import Any, Protocol, runtime_checkable
 
+from balloon_dev.features import BalloonFeature
 from host_qemu_side.monitor.dispatch import Command, Param
 from host_qemu_side.monitor.framing import QmpError
 from host_qemu_side.monitor.host import IDLE, Host
@@ -32,17 +33,24 @@ STATS = (
 """What QEMU always lists; -1 where the guest did not say. Others are listed if they came."""
 
 
+class _Figures(Protocol):
+    """The statistics a guest has sent last."""
+
+    values: Mapping[str, int]
+    """By name, such as ``stat-free-memory``."""
+    updates: int
+    """How many buffers of them came."""
+
+
 @runtime_checkable
 class HasStats(Protocol):
     """What a device with a statistics queue offers."""
 
-    stats: Mapping[str, int]
-    """Values by name, such as ``stat-free-memory``, of the last buffer that came."""
-    stats_updates: int
-    """How many buffers came."""
+    stats: _Figures
+    """What the guest has sent last."""
 
     def request_stats(self) -> bool:
-        """Ask the driver for fresh values; False if it holds the buffer already or has none."""
+        """Ask the driver for fresh values; False if it has not left its buffer for that."""
 
 
 class BalloonCommands:
@@ -114,10 +122,15 @@ class BalloonCommands:
             raise QmpError(f"Property 'virtio-balloon-device.{name}' not found")
 
     def _stats(self) -> HasStats:
-        device: object = self._host.device
-        if not isinstance(device, HasStats):
-            raise QmpError("the device has no statistics queue (VIRTIO_BALLOON_F_STATS_VQ is not served)")
+        device = self._device()
+        if device is None:
+            raise QmpError("the device has no statistics queue (VIRTIO_BALLOON_F_STATS_VQ is not offered)")
         return device
+
+    def _device(self) -> HasStats | None:
+        device: object = self._host.device
+        offered = self._host.device.offered_features & BalloonFeature.STATS_VQ
+        return device if offered and isinstance(device, HasStats) else None
 
     def qom_get(self, path: str, property: str) -> Any:
         """Return the statistics, or how often they are asked for."""
@@ -125,7 +138,7 @@ class BalloonCommands:
         if property == "guest-stats-polling-interval":
             return self._interval
         device = self._stats()
-        values = {name: int(value) for name, value in device.stats.items()}
+        values = {name: int(value) for name, value in device.stats.values.items()}
         return {"stats": {**dict.fromkeys(STATS, -1), **values}, "last-update": self._updated_at}
 
     def qom_set(self, path: str, property: str, value: Any) -> None:
@@ -143,11 +156,12 @@ class BalloonCommands:
     # -- between commands -----------------------------------------------------------------------------------------
 
     def _tick_stats(self, now: float) -> float:
-        device: object = self._host.device
-        if not isinstance(device, HasStats):
+        device = self._device()
+        if device is None:
             return IDLE
-        if device.stats_updates != self._updates:
-            self._updates, self._updated_at = device.stats_updates, int(time.time())
+        if device.stats.updates != self._updates:
+            self._updates = device.stats.updates
+            self._updated_at = int(time.time()) if self._updates else 0  # a reset has forgotten them
         if not self._interval:
             return IDLE
         if now >= self._next_poll:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -14,6 +15,7 @@ from host_qemu_side.monitor.dispatch import Command, Deferred
 from host_qemu_side.monitor.framing import ErrorClass, QmpError
 from host_qemu_side.python_guest import PAUSE_TIMEOUT, PythonGuest
 from host_qemu_side.vhost_user import VhostUserBackend
+from vring.errors import PeerVanished
 from vring.memory import GuestMemory
 
 __all__ = ["CommandGroup", "Host", "OwnGuest"]
@@ -43,12 +45,19 @@ class OwnGuest:
         What a destination needs to know to go on with it.
     emit
         Sends an event.
+    attend
+        Answers a command of a monitor client, if there is one, and tells whether there was: called while a migration
+        waits for the guest.
     """
 
     def __init__(
-        self, guest: PythonGuest, header: dict[str, Any], emit: Callable[[str, dict[str, Any] | None], None]
+        self,
+        guest: PythonGuest,
+        header: dict[str, Any],
+        emit: Callable[[str, dict[str, Any] | None], None],
+        attend: Callable[[], bool] = lambda: False,
     ) -> None:
-        self.guest, self.header, self._emit = guest, header, emit
+        self.guest, self.header, self._emit, self._attend = guest, header, emit, attend
         self.ready = False
         self.handed_over = False
         self._holders: set[str] = set()
@@ -72,19 +81,43 @@ class OwnGuest:
         self.guest.check_alive()
 
     def freeze(self) -> None:
-        """Pause it for a migration; returns when it is so."""
-        if self._pausing is not None:
-            self.guest.wait_for("paused", PAUSE_TIMEOUT)
-            self._is_paused()
-        elif not self._holders:
-            self.guest.freeze()
+        """Pause it for a migration; returns when it is so. Clients are answered meanwhile."""
+        paused = bool(self._holders) and self._pausing is None
+        asked = self._pausing is not None
         self._holders.add("migration")
+        if paused:
+            return
+        if not asked:
+            self.guest.tell("pause")
+        try:
+            self._await("paused")
+        except PeerVanished:
+            self._holders.discard("migration")
+            self._pause_failed()
+            raise
+        self._is_paused()
 
     def thaw(self) -> None:
         """Let it go on, unless a person has stopped it."""
         self._holders.discard("migration")
         if not self._holders:
-            self.guest.thaw()
+            self.guest.backend.release()
+            self.guest.tell("resume")
+            self._await("resumed")
+
+    def _await(self, word: str) -> None:
+        """Serve everybody until the guest says `word`."""
+        deadline = time.monotonic() + PAUSE_TIMEOUT
+        while word not in self.guest.events:
+            self.guest.check_alive()
+            if time.monotonic() > deadline:
+                raise PeerVanished(f"the guest (process {self.guest.pid}) did not say {word!r} in {PAUSE_TIMEOUT:g} s")
+            if not self._attend():
+                self.guest.loop.run_once(0.05)
+            else:
+                self.guest.loop.run_once(0.0)
+        while self.guest.events.pop(0) != word:
+            pass
 
     # -- a person's side ------------------------------------------------------------------------------------------
 
@@ -118,10 +151,22 @@ class OwnGuest:
 
     def _is_paused(self) -> None:
         self.guest.backend.hold()
-        self._emit("STOP", None)
         if self._pausing is not None:
+            self._emit("STOP", None)
             self._pausing.resolve(None)
             self._pausing = None
+
+    def _pause_failed(self) -> None:
+        """Who waits for it is told. Should it pause yet, it goes on at once, unless a person was told it is stopped."""
+        if self._pausing is not None:
+            self._holders.discard("user")
+            self._pausing.fail(QmpError(f"the guest did not pause within {PAUSE_TIMEOUT:g} s"))
+            self._pausing = None
+        if self._holders:
+            self.guest.backend.hold()
+            return
+        with contextlib.suppress(PeerVanished):
+            self.guest.tell("resume")
 
     def tick(self, now: float) -> float:
         """Hear what the guest said.
@@ -139,10 +184,7 @@ class OwnGuest:
         if "paused" in heard:
             self._is_paused()
         elif now > self._pause_deadline:
-            self._pausing.fail(QmpError(f"the guest did not pause within {PAUSE_TIMEOUT:g} s"))
-            self._pausing = None
-            self._holders.discard("user")
-            self.guest.tell("resume")
+            self._pause_failed()
         return 0.1
 
 

@@ -1,7 +1,7 @@
 """Puts QMP sessions behind a Unix socket, on a `Loop`. Nothing here waits for a client.
 
-Commands are executed by `step`, never from within a callback of the loop: code that serves the loop while it waits for
-a guest is not entered again by a command.
+Commands are executed by `step`, never from within a callback of the loop: code that serves the loop while it waits is
+entered again by a command only where it calls `step` itself.
 """
 
 from __future__ import annotations
