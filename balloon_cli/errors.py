@@ -5,15 +5,21 @@ from __future__ import annotations
 from host_qemu_side.migration.engine import Cancelled
 from vring.errors import DeviceError, DriverError, MissingFacility, PeerVanished, UsageError, VirtioError
 
-__all__ = ["INTERRUPTED", "INVARIANT", "OK", "exit_code"]
+__all__ = ["INTERRUPTED", "INVARIANT", "OK", "InvariantFailed", "exit_code"]
 
 OK, INVARIANT, USAGE, MISSING, PROTOCOL, VANISHED, INTERRUPTED = 0, 1, 2, 3, 4, 5, 130
+
+
+class InvariantFailed(VirtioError):
+    """What must always hold did not: a mistake of this program."""
 
 
 def exit_code(error: BaseException) -> int:
     """Return the exit code for an error: 2 usage, 3 missing, 4 protocol, 5 vanished, 130 interrupted."""
     if isinstance(error, (Cancelled, KeyboardInterrupt)):
         return INTERRUPTED
+    if isinstance(error, InvariantFailed):
+        return INVARIANT
     if isinstance(error, UsageError):
         return USAGE
     if isinstance(error, MissingFacility):

@@ -11,8 +11,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from balloon_cli.errors import InvariantFailed
+from balloon_cli.read_back import read_back
 from balloon_dev.profiles import Profile
-from host_qemu_side.migration.engine import Limits, Migration
+from host_qemu_side.migration.engine import Cancelled, Limits, Migration
 from host_qemu_side.migration.output import FileOutput, SocketOutput, connect, parse_address
 from host_qemu_side.python_guest import PythonGuest
 from host_qemu_side.source import Outcome, SourceHost
@@ -53,7 +55,10 @@ class Progress:
         """Tell something in one line."""
 
     def run_begins(self, hints: bool) -> None:
-        """A migration begins."""
+        """A run begins: first the guest boots."""
+
+    def tick(self) -> None:
+        """Time passes; called at least ten times per second while something is waited for."""
 
     def step(self, migration: Migration, witness: Witness, host: SourceHost) -> None:
         """A step of the migration was done."""
@@ -80,6 +85,17 @@ def stop_on_signal() -> Iterator[Callable[[], bool]]:
             signal.signal(which, handler)
 
 
+def ticker(progress: Progress, stopped: Callable[[], bool]) -> Callable[[], None]:
+    """Return what is to be called while something is waited for: it shows progress, and ends the wait on Ctrl-C."""
+
+    def tick() -> None:
+        progress.tick()
+        if stopped():
+            raise Cancelled("interrupted")
+
+    return tick
+
+
 @contextlib.contextmanager
 def spawn_receiver(*arguments: str) -> Iterator[tuple[SocketOutput, subprocess.Popen[bytes]]]:
     """Run ``balloon receive`` as a process of its own at the other end of a socket pair."""
@@ -96,22 +112,28 @@ def spawn_receiver(*arguments: str) -> Iterator[tuple[SocketOutput, subprocess.P
     ]
     with theirs:
         process = subprocess.Popen(
-            command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL
+            command,
+            pass_fds=[theirs.fileno()],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            process_group=0,  # Ctrl-C is for the source: it decides what becomes of the guest
         )
     output = SocketOutput(mine)
+    patience = 0.5  # after a failure the source's guest is not served while this waits
     try:
         yield output, process
+        patience = 5.0
     finally:
         output.close()
         try:
-            process.wait(5.0)
+            process.wait(patience)
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
 
 
 def migrate_all(options: MigrateOptions, progress: Progress) -> dict[str, Any]:
-    """Do the migrations asked for; return the result as JSON values (see the README for the schema).
+    """Do the migrations asked for; return the result as JSON values (the schema is in `docs/cli.md`).
 
     Raises
     ------
@@ -133,6 +155,8 @@ def migrate_all(options: MigrateOptions, progress: Progress) -> dict[str, Any]:
                 runs.append(migrate_one(options, hints, progress, stopped))
             finally:
                 progress.run_ends()
+            if stopped():
+                raise Cancelled("interrupted when the migration was over")
     result: dict[str, Any] = {
         "schema_version": 1,
         "guest": options.guest,
@@ -141,7 +165,12 @@ def migrate_all(options: MigrateOptions, progress: Progress) -> dict[str, Any]:
         "seed": options.seed,
         "profile": options.profile.name,
         "free_at": options.free_at,
+        "to": options.to,
+        "batch": options.batch,
+        "warm_up_seconds": options.warm_up,
         "bandwidth_bytes_per_second": options.limits.bandwidth,
+        "downtime_limit_seconds": options.limits.downtime,
+        "max_rounds": options.limits.max_rounds,
         "runs": runs,
         "ratio": None,
     }
@@ -189,25 +218,24 @@ def migrate_python(
     options: MigrateOptions, hints: bool, progress: Progress, stopped: Callable[[], bool]
 ) -> dict[str, Any]:
     """Migrate one embedded Python guest; return one run's JSON values."""
-    resume_arguments = [
-        *("--profile", options.profile.name, "--batch", str(options.batch), "--free-at", options.free_at),
-        *("--dirty-log", options.dirty_log),
-    ]
+    resume = {
+        "profile": options.profile.name,
+        "batch": options.batch,
+        "free_at": options.free_at,
+        "dirty_log": options.dirty_log,
+    }
     arguments = [
-        "--memory",
-        str(options.memory),
-        "--workload",
-        options.workload,
-        "--seed",
-        str(options.seed),
-        *resume_arguments,
+        *("--memory", str(options.memory), "--workload", options.workload, "--seed", str(options.seed)),
+        *(text for name, value in resume.items() for text in (f"--{name.replace('_', '-')}", str(value))),
     ]
     with SourceHost(profile=options.profile) as host:
-        guest = PythonGuest(host.loop, host.backend, host.socket_path, arguments)
+        guest = PythonGuest(host.loop, host.backend, None, arguments)
+        host.loop.tick = ticker(progress, stopped)
         try:
             progress.say("the guest boots and sets up its workload")
             guest.wait_ready()
             guest.run_for(options.warm_up)
+            host.loop.tick = progress.tick  # from here on the migration itself asks whether to stop
             log = guest.dirty_log(options.dirty_log, host.track_device_writes())
             try:
                 with destination(options, hints) as output:
@@ -218,17 +246,20 @@ def migrate_python(
                         hints=hints,
                         limits=options.limits,
                         journal=guest.journal,
-                        header={"guest": "python", "resume_arguments": resume_arguments},
+                        header={"guest": "python", "resume": resume},
                         on_step=lambda m, w: progress.step(m, w, host),
                         at_pause=lambda: guest.status,
-                        report_timeout=REPORT_TIMEOUT if options.to == "spawn" else 0.0,
+                        report_timeout=REPORT_TIMEOUT,
                         stop_requested=stopped,
                     )
             except (VirtioError, OSError) as error:
-                raise type(error)(f"{error}{_whole_again(guest, progress)}") from error
+                what = "the guest was handed over and does not go on here"
+                raise type(error)(f"{error} ({what if host.handed_over else _whole_again(guest, progress)})") from error
             if isinstance(output, FileOutput):
-                _judge_file(outcome, place(options, hints))
+                progress.say("another process reads the file back and goes on with the guest")
+                judge_file(outcome, output.path, ticker(progress, stopped))
         finally:
+            host.loop.tick = None
             guest.close()
     run = run_as_json(outcome, hints)
     run["dirty_log"] = log.name
@@ -236,27 +267,44 @@ def migrate_python(
 
 
 def _whole_again(guest: PythonGuest, progress: Progress) -> str:
-    """After a failed migration: see that the guest goes on and that its allocator is whole; say so in words."""
+    """After a failed migration: see that the guest goes on and that its allocator is whole; say so in words.
+
+    Raises
+    ------
+    InvariantFailed
+        If it is not.
+    """
+    try:
+        guest.check_alive()
+    except VirtioError:
+        return "there is no guest to go on with"
     try:
         guest.loop.run_until(lambda: _hints_freed(guest), 5.0, "the guest to free its hinted pages")
         guest.ask("check", "checked")
-    except (VirtioError, OSError):
-        return ""
+    except (VirtioError, OSError) as error:
+        raise InvariantFailed(f"the migration failed and the source's guest is not whole: {error}") from error
     assert guest.checked is not None
     text = (
-        f"the source's guest goes on: {guest.checked['pages']} allocated pages checked, {guest.checked['wrong']} wrong"
+        f"the source's guest goes on: {guest.checked['pages']} allocated pages checked, "
+        f"{guest.checked['wrong']} wrong, no page held for hints"
     )
+    if guest.checked["wrong"]:
+        raise InvariantFailed(f"the migration failed and {text}")
     progress.say(text)
-    return f" ({text}, no page held for hints)"
+    return text
 
 
 def _hints_freed(guest: PythonGuest) -> bool:
-    return int(guest.ask("status", "status")["hinted_pages"]) == 0
+    return int(guest.ask("status", "status", 5.0)["hinted_pages"]) == 0
 
 
-def _judge_file(outcome: Outcome, path: str) -> None:
-    """Have another process read the file back, and hold what it found against the source."""
-    del outcome, path
+def judge_file(outcome: Outcome, path: str, tick: Callable[[], None]) -> dict[str, Any]:
+    """Have another process read the file back, and hold what it found against the source; return what it said."""
+    digests, facts = read_back(path, tick)
+    if outcome.judge is not None:
+        outcome.verdict = outcome.judge(digests)
+    outcome.report = facts["resumed"]
+    return facts
 
 
 def run_as_json(outcome: Outcome, hints: bool) -> dict[str, Any]:

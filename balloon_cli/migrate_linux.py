@@ -13,7 +13,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from balloon_cli.migrate import MigrateOptions, Progress, destination, run_as_json
+from balloon_cli.errors import InvariantFailed
+from balloon_cli.migrate import MigrateOptions, Progress, destination, judge_file, run_as_json, ticker
 from balloon_dev.features import QueueRole
 from balloon_dev.hinting import HintState
 from balloon_dev.profiles import LINUX
@@ -22,6 +23,7 @@ from host_qemu_side.linux_guest import LinuxGuest
 from host_qemu_side.linux_guest.handle import LinuxGuestHandle
 from host_qemu_side.linux_guest.initramfs import build, verify_package
 from host_qemu_side.migration.engine import Migration
+from host_qemu_side.migration.output import FileOutput
 from host_qemu_side.source import SourceHost
 from host_qemu_side.witness import Witness
 from vring.errors import PeerVanished, UsageError, VirtioError
@@ -74,14 +76,36 @@ class _FreeMemory:
         elif "after_stop" not in self.bytes and len(migration.result.rounds) > 1:
             self.bytes["after_stop"] = self.read()
 
-    def settle(self) -> None:
-        """After DONE: wait until the guest has its memory back, at most a few seconds."""
+    def settle(self) -> bool:
+        """After DONE: wait until the guest has its memory back, at most a few seconds; return whether it has."""
         deadline = time.monotonic() + SETTLE_SECONDS
         while True:
             now = self.read()
-            if now > self.bytes["before"] - 8 * BLOCK or time.monotonic() > deadline:
+            back = now > self.bytes["before"] - 8 * BLOCK
+            if back or time.monotonic() > deadline:
                 self.bytes["after_done"] = now
-                return
+                return back
+
+
+def _goes_on(guest: LinuxGuest, handle: LinuxGuestHandle, memory: _FreeMemory) -> str:
+    """After a failed migration: see that the guest runs and has its memory back; say so in words.
+
+    Raises
+    ------
+    InvariantFailed
+        If it does not.
+    """
+    try:
+        handle.check_alive()
+    except VirtioError:
+        return "there is no guest to go on with"
+    try:
+        if memory.settle():
+            return f"the source's guest goes on: {memory.bytes['after_done'] >> 20} MiB free, as before"
+    except (VirtioError, OSError) as error:
+        raise InvariantFailed(f"the migration failed and the source's guest does not go on: {error}") from error
+    was, now = memory.bytes["before"] >> 20, memory.bytes["after_done"] >> 20
+    raise InvariantFailed(f"the migration failed and the source's guest has {now} MiB free of {was} MiB before")
 
 
 def migrate_linux(
@@ -97,11 +121,21 @@ def migrate_linux(
     progress.say(f"{package.package} {package.version}, kernel {package.release}, dpkg -V clean: {package.clean}")
     folder = Path(options.work_dir) if options.work_dir else Path(f"/var/tmp/virtio-balloon-{os.getuid()}")
     with contextlib.ExitStack() as stack:
+        end_on_signal = ticker(progress, stopped)
         host = stack.enter_context(SourceHost(profile=LINUX))
         initramfs = build(folder)
-        guest = LinuxGuest(options.memory, folder, host.socket_path, initramfs=initramfs, watch=host.loop.filenos)
+        guest = LinuxGuest(
+            options.memory,
+            folder,
+            host.socket_path,
+            initramfs=initramfs,
+            remove=[os.path.dirname(host.socket_path)],
+            watch=host.loop.filenos,
+        )
         handle = LinuxGuestHandle(guest, host.backend)
         stack.enter_context(guest)
+        stack.callback(setattr, host.loop, "tick", None)  # before the guest is ended, which takes a while
+        host.loop.tick = end_on_signal
         progress.say("the Linux guest boots")
         guest.wait_ready(60.0, handle.serve)
         guest.load_balloon(handle.serve)
@@ -120,6 +154,7 @@ def migrate_linux(
             memory.look(migration, witness)
             progress.step(migration, witness, host)
 
+        host.loop.tick = progress.tick  # from here on the migration itself asks whether to stop
         log, refusal = handle.dirty_log(host.track_device_writes())
         try:
             with destination(options, hints) as output:
@@ -135,13 +170,15 @@ def migrate_linux(
                     stop_requested=stopped,
                 )
         except (VirtioError, OSError) as error:
-            if guest.end_reason is None and guest.alive(handle.serve):
-                raise type(error)(f"{error} (the source's guest goes on)") from error
-            raise
+            raise type(error)(f"{error} ({_goes_on(guest, handle, memory)})") from error
         if hints and refusal is not None:
             outcome.result.hints_refused = refusal
             progress.say(f"hints refused: {refusal}")
         memory.settle()
+        tags = outcome.ready.get("tags")
+        if isinstance(output, FileOutput):
+            host.loop.tick = end_on_signal
+            tags = judge_file(outcome, output.path, handle.serve).get("tags")
         alive = guest.alive(handle.serve) and guest.run("echo alive", serve=handle.serve).output.strip() == "alive"
         if not alive:
             raise PeerVanished("the Linux guest does not answer after the migration")
@@ -154,6 +191,6 @@ def migrate_linux(
         "filled": filled,
         "mem_free_bytes": memory.bytes,
         "alive_after": alive,
-        "tags": outcome.ready.get("tags"),
+        "tags": tags,
     }
     return run

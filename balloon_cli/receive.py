@@ -2,48 +2,115 @@
 
 from __future__ import annotations
 
-import json
-import sys
+import contextlib
+import os
+import signal
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 from guest_driver.process import die_with_parent as bind_to_parent
 from host_qemu_side.destination import accept, receive, resume
 from host_qemu_side.linux_guest import tags
+from host_qemu_side.migration.output import parse_address
 from host_qemu_side.migration.receiver import Receiver, ReceiverState
+from host_qemu_side.migration.stream import StreamError
+from vring.contents import digests_of
 from vring.errors import PeerVanished, UsageError, VirtioError
 
-__all__ = ["receive_guest"]
+__all__ = ["ReceiveOptions", "receive_guest"]
 
 
-def receive_guest(address: str, *, quiet: bool, die_with_parent: bool, as_json: bool) -> dict[str, Any]:
-    """Receive one guest and go on with it; return what is known of it."""
-    if die_with_parent:
+@dataclass(frozen=True, slots=True)
+class ReceiveOptions:
+    """What the command line asked for."""
+
+    address: str
+    resume: bool = True
+    """Whether to go on with the guest."""
+    keep: bool = False
+    """Whether it runs on after the checks until Ctrl-C."""
+    digests_fd: int = -1
+    """Descriptor to write the digest of each page into, -1 for none."""
+    die_with_parent: bool = False
+
+
+@dataclass(slots=True)
+class _Interrupts:
+    """The first Ctrl-C (or SIGTERM) interrupts, or ends the time that the guest is kept for; the second kills."""
+
+    keeping: bool = False
+    asked: bool = False
+    _old: dict[int, Any] = field(default_factory=dict)
+
+    def __enter__(self) -> _Interrupts:
+        self._old = {which: signal.signal(which, self._first) for which in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        for which, handler in self._old.items():
+            signal.signal(which, handler)
+
+    def _first(self, number: int, frame: object) -> None:
+        for which in self._old:
+            signal.signal(which, signal.SIG_DFL)
+        self.asked = True
+        if not self.keeping:
+            raise KeyboardInterrupt
+
+
+def receive_guest(options: ReceiveOptions, say: Callable[[str], None] = lambda text: None) -> dict[str, Any]:
+    """Receive one guest and go on with it.
+
+    Parameters
+    ----------
+    options
+        Where from, and what to do with it.
+    say
+        Told what happens, a line at a time.
+
+    Returns
+    -------
+    dict
+        JSON values; the schema is in ``docs/cli.md``.
+
+    Raises
+    ------
+    VirtioError, OSError
+        What went wrong; the source has been told. The message names the address.
+    KeyboardInterrupt
+        On Ctrl-C.
+    """
+    if options.die_with_parent:
         bind_to_parent()
-
-    def say(text: str) -> None:
-        if not quiet:
-            print(text, file=sys.stderr)
-
-    source = accept(address, announce=lambda where: say(f"waiting for a migration at {where}"))
-    receiver = Receiver(inspect=_inspect)
-    try:
-        receive(source, receiver)
-        facts: dict[str, Any] = {"state": receiver.state.name}
-        if receiver.state is ReceiverState.COMMITTED:
+    with _Interrupts() as interrupts:
+        source = accept(
+            options.address, announce=lambda where: say(f"waiting for a migration at {where} (Ctrl-C to stop)")
+        )
+        receiver = Receiver(inspect=_inspect)
+        facts: dict[str, Any] = {}
+        try:
             try:
-                facts["resumed"] = resume(receiver, announce=say)
-                source.answer(receiver.report(facts["resumed"]))
+                receive(source, receiver, on_record=_narrator(receiver, say))
             except VirtioError as error:
-                source.answer(receiver.refuse(str(error)))
-                raise
-        elif receiver.state is ReceiverState.CANCELLED:
-            raise PeerVanished(f"the source gave up: {receiver.cancelled}")
-    finally:
-        source.close()
-        if receiver.memory is not None:
-            receiver.memory.close()
-    if not quiet:
-        print(json.dumps(facts, indent=None if as_json else 1))
+                raise _with_place(error, options.address, receiver) from error
+            facts |= _facts(receiver, options)
+            if receiver.state is ReceiverState.CANCELLED:
+                raise PeerVanished(f"the source at {options.address} gave up: {receiver.cancelled}")
+            if options.digests_fd >= 0:
+                _write_digests(receiver, options.digests_fd)
+            if receiver.state is ReceiverState.COMMITTED and options.resume:
+                _go_on(source, receiver, facts, options, interrupts, say)
+            elif receiver.state is ReceiverState.COMMITTED:
+                _tell(source, receiver.report({}))
+        except KeyboardInterrupt:
+            if not receiver.complete:
+                _tell(source, receiver.refuse("interrupted at the destination"))
+            raise
+        finally:
+            source.close()
+            if receiver.memory is not None:
+                receiver.memory.close()
     return facts
 
 
@@ -66,3 +133,93 @@ def _inspect(receiver: Receiver) -> dict[str, Any]:
             "ok": report.ok,
         }
     }
+
+
+def _facts(receiver: Receiver, options: ReceiveOptions) -> dict[str, Any]:
+    return {
+        "schema_version": 1,
+        "from": options.address,
+        "state": receiver.state.name.lower(),
+        "guest": receiver.header.get("guest"),
+        "memory_bytes": 0 if receiver.memory is None else receiver.memory.size,
+        "pages_received": receiver.pages,
+        "zero_pages_received": receiver.zero_pages,
+        "rounds": receiver.rounds,
+        "resumed": None,
+        **receiver.inspected,
+    }
+
+
+def _go_on(
+    source: Any,
+    receiver: Receiver,
+    facts: dict[str, Any],
+    options: ReceiveOptions,
+    interrupts: _Interrupts,
+    say: Callable[[str], None],
+) -> None:
+    def checked(found: dict[str, Any]) -> None:
+        facts["resumed"] = found
+        _tell(source, receiver.report(found))
+        if options.keep:
+            say("the guest was checked and runs on; Ctrl-C ends it")
+            interrupts.keeping = True
+
+    try:
+        resume(
+            receiver,
+            announce=say,
+            on_checked=checked,
+            keep_running=(lambda: not interrupts.asked) if options.keep else None,
+        )
+    except VirtioError as error:
+        if facts["resumed"] is None:
+            _tell(source, receiver.refuse(str(error)))
+        raise
+
+
+def _tell(source: Any, buffers: list[bytes | memoryview]) -> None:
+    """Answer the source if it is still there: the guest is no longer its."""
+    with contextlib.suppress(PeerVanished):
+        source.answer(buffers)
+
+
+def _narrator(receiver: Receiver, say: Callable[[str], None]) -> Callable[[Receiver], None]:
+    """Return a callback that says what a record brought, where that is news."""
+    seen: tuple[ReceiverState, int] = (receiver.state, 0)
+
+    def tell(now: Receiver) -> None:
+        nonlocal seen
+        if (now.state, now.rounds) == seen:
+            return
+        if now.state is not seen[0]:
+            size = (
+                f": a guest with {now.memory.size >> 20} MiB" if seen[0] is ReceiverState.HEADER and now.memory else ""
+            )
+            say(f"{now.state.value}{size}")
+        if now.rounds != seen[1]:
+            say(f"round {now.rounds} arrived: {now.pages} pages so far")
+        seen = now.state, now.rounds
+
+    return tell
+
+
+def _write_digests(receiver: Receiver, fd: int) -> None:
+    assert receiver.memory is not None
+    view = memoryview(digests_of(receiver.memory).astype("<u8").tobytes())
+    while len(view):
+        view = view[os.write(fd, view) :]
+
+
+def _with_place(error: VirtioError, address: str, receiver: Receiver) -> VirtioError:
+    """Return the error with the place and what to do; its exit code stays."""
+    kind, rest = parse_address(address)
+    name = rest if kind == "file" else address
+    text = f"{name}: {error.message}"
+    if kind == "file" and not receiver.header:
+        text += "; is it a file that `balloon migrate --to file:PATH` wrote?"
+    elif kind == "file":
+        text += f"; write it again with `balloon migrate --to {address}`"
+    if isinstance(error, PeerVanished):
+        return PeerVanished(text)
+    return StreamError(text) if isinstance(error, StreamError) else error

@@ -112,8 +112,6 @@ def _plain(value: Any) -> str:
 @click.option("--monitor", metavar="PATH", help="Unix socket that speaks QMP: for `balloon ctl` and QEMU's tools.")
 @click.option("--profile", type=click.Choice(sorted(PROFILES)), default="spec", show_default=True)
 @click.option("--features", metavar="LIST", help="Names or a number; default: hints and what costs a guest nothing.")
-    "--features", metavar="LIST", help="Names with commas, or a number; default: hints and what costs a guest nothing."
-)
 @click.option("--target", metavar="SIZE", help="What a guest is to have; the balloon takes the rest.")
 @click.option("--guest", type=click.Choice(["python"]), help="Start a guest too; it can be paused and migrated.")
 @click.option("--memory", metavar="SIZE", default="256M", show_default=True, help="RAM of that guest.")

@@ -308,20 +308,37 @@ class BalloonDevice:
         queue = self._queues.get(index)
         if queue is None or self._memory is None:
             return 0
-        role = self.role_of(index)
         served = 0
         for _ in range(ROUNDS_PER_CALL):
-            n = self.process_batch(queue, index, role)
+            n = self.process_batch(index)
             served += n
             if n == 0 and not queue.enable_notify():
                 break
-        if served:
-            self._log_used_ring(queue)
+        self._log_used_ring(queue)  # asking for kicks wrote to it, if nothing else did
         return served
 
-    def process_batch(self, queue: DeviceQueue, index: int, role: QueueRole | None) -> int:
-        """Pop one batch, let it take effect, return it. Return how many buffers it had."""
-        batch = queue.pop(BATCH)
+    def process_batch(self, index: int, maximum: int = BATCH) -> int:
+        """Pop one batch, let it take effect, return it. Return how many buffers it had, 0 if none is there.
+
+        For whoever wants to choose what comes between two batches; kicks are not asked for again, `process` does that.
+
+        Parameters
+        ----------
+        index
+            Number of the queue.
+        maximum
+            Buffers at most.
+
+        Raises
+        ------
+        DriverError
+            If the ring broke.
+        """
+        queue = self._queues.get(index)
+        if queue is None or self._memory is None:
+            return 0
+        role = self.role_of(index)
+        batch = queue.pop(maximum)
         chains, segs = batch.chains, batch.segs
         n = len(chains)
         if n == 0:
@@ -335,6 +352,7 @@ class BalloonDevice:
             self.bad_requests["buffer on a queue without a purpose"] += n
         if queue.push(chains["head"], np.zeros(n, dtype=np.uint32)):
             self._calls.add(index)
+        self._log_used_ring(queue)
         return n
 
     def _log_used_ring(self, queue: DeviceQueue) -> None:

@@ -21,7 +21,7 @@ EXIT = {UsageError: 2, MissingFacility: 3, DeviceError: 4, PeerVanished: 5}
 def main(arguments: list[str] | None = None) -> int:
     """Parse the arguments, run a guest, return the exit code."""
     parser = argparse.ArgumentParser(prog="python -m guest_driver", description=__doc__, epilog=f"Workloads: {FORMS}")
-    parser.add_argument("--socket", required=True, help="vhost-user socket of the balloon device")
+    parser.add_argument("--socket", required=True, help="vhost-user socket of the balloon device: a path, or fd:N")
     parser.add_argument("--memory", default="1G", type=parse_size, help="RAM, such as 512M or 1G")
     parser.add_argument("--workload", default="churn", help="what the guest does with its memory")
     parser.add_argument("--seed", default=1, type=int, help="of contents and of the workload's choices")

@@ -28,8 +28,8 @@ from guest_driver.balloon import DEFAULT_FEATURES, BalloonDriver, FreeAt
 from guest_driver.memory_manager import MemoryManager, Owner
 from guest_driver.vhost_user import VhostUserTransport
 from guest_driver.workloads import Workload
+from vring.dirty import wp_async
 from vring.dirty.software import SoftwareDirtyLog
-from vring.dirty.wp_async import WriteProtection
 from vring.errors import MissingFacility, PeerVanished, UsageError
 from vring.memory import GuestMemory, Region
 
@@ -78,7 +78,7 @@ class GuestProcess:
             self._control.setblocking(False)
         self._paused = False
         self._quit = False
-        self._protection: WriteProtection | None = None
+        self._protection: wp_async.WriteProtection | None = None
         self._shared_log: mmap.mmap | None = None
         self._journal: Journal | None = None
 
@@ -127,8 +127,8 @@ class GuestProcess:
         self._quit = True
 
     def _pause(self) -> None:
+        self._clock[0] = self._guest_time()  # before it counts as paused: the time since the last resume is in it
         self._paused = True
-        self._clock[0] = self._guest_time()
         self._tell("paused", **self._status())
 
     def _resume(self) -> None:
@@ -197,7 +197,8 @@ class GuestProcess:
         why = None
         if wanted in ("auto", "wp-async"):
             try:
-                self._protection = WriteProtection(self.memory)
+                wp_async.probe()
+                self._protection = wp_async.WriteProtection(self.memory)
                 ranges = [[r.gpa, r.size, r.address] for r in self._protection.ranges]
             except MissingFacility as error:
                 why = str(error)

@@ -31,7 +31,7 @@ class VhostUserTransport:
     Parameters
     ----------
     path
-        Socket of the back end.
+        Socket of the back end, or ``fd:N``, a descriptor that is connected to it.
     memory
         Guest memory to share; each region must have a descriptor.
     timeout
@@ -58,12 +58,9 @@ class VhostUserTransport:
         self._features = 0
         self._inbox = bytearray()
         self._mine: socket.socket | None = None
-        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
-        self._socket.settimeout(timeout)
         try:
-            self._socket.connect(path)
+            self._socket = _connect(path, timeout)
         except OSError as error:
-            self._socket.close()
             raise PeerVanished(f"no vhost-user back end at {path}: {error.strerror or error}") from error
         self._send(Request.SET_OWNER)
         self._offered = vu.unpack_u64(self._ask(Request.GET_FEATURES), "GET_FEATURES")
@@ -241,3 +238,20 @@ class VhostUserTransport:
             os.close(fd)
         self._kicks.clear()
         self._calls.clear()
+
+
+def _connect(path: str, timeout: float) -> socket.socket:
+    kind, _, number = path.partition(":")
+    if kind == "fd" and number.isdigit():
+        connected = socket.socket(fileno=int(number))
+        connected.settimeout(timeout)
+        connected.set_inheritable(False)
+        return connected
+    connected = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+    connected.settimeout(timeout)
+    try:
+        connected.connect(path)
+    except OSError:
+        connected.close()
+        raise
+    return connected

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
-import shutil
+import re
 import socket
-import tempfile
+import stat
 import time
 from collections.abc import Callable
 from typing import Any
@@ -26,6 +27,13 @@ from vring.errors import PeerVanished, UsageError, VirtioError
 
 __all__ = ["accept", "receive", "resume"]
 
+RESUME_OPTIONS = {
+    "profile": re.compile(r"[a-z]+"),
+    "batch": re.compile(r"[1-9][0-9]{0,3}"),
+    "free_at": re.compile(r"done|stop"),
+    "dirty_log": re.compile(r"auto|wp-async|software"),
+}
+"""Options of the guest that a stream's header carries, and what they may say."""
 READ_SIZE = 1 << 20
 SILENCE = 60.0
 """Seconds a source may be silent in the middle of a stream."""
@@ -36,8 +44,6 @@ class _Source:
 
     def __init__(self, sock: socket.socket | None, path: str | None) -> None:
         self._socket, self._file = sock, None if path is None else open(path, "rb", buffering=0)  # noqa: SIM115
-        self.name = path or "the source"
-        self.two_way = sock is not None
         if sock is not None:
             sock.settimeout(SILENCE)
 
@@ -97,6 +103,7 @@ def accept(address: str, *, announce: Callable[[str], None] = lambda text: None)
     path = None
     try:
         if kind == "unix":
+            _remove_left_over(rest)
             listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
             listener.bind(rest)
             path = rest
@@ -106,7 +113,8 @@ def accept(address: str, *, announce: Callable[[str], None] = lambda text: None)
             listener = socket.create_server((host.strip("[]"), int(port)))
             address = f"tcp:{host}:{listener.getsockname()[1]}"
     except OSError as error:
-        raise UsageError(f"cannot listen on {address}: {error.strerror or error}") from error
+        why = (error.strerror or str(error)).partition(" (while")[0]  # the rest only repeats the address
+        raise UsageError(f"cannot listen on {address}: {why}") from error
     announce(address)
     try:
         with listener:
@@ -115,6 +123,32 @@ def accept(address: str, *, announce: Callable[[str], None] = lambda text: None)
         if path is not None:
             os.unlink(path)
     return _Source(connection, None)
+
+
+def _remove_left_over(path: str) -> None:
+    """Remove a socket that a dead process left behind.
+
+    Raises
+    ------
+    UsageError
+        If somebody listens there, or if it is no socket.
+    """
+    try:
+        if not stat.S_ISSOCK(os.stat(path).st_mode):
+            raise UsageError(f"cannot listen on unix:{path}: it exists and is no socket; choose another path")
+    except FileNotFoundError:
+        return
+    # A socket of the wrong type tells whether there is a live one behind the name without connecting to it.
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect(path)
+        except ConnectionRefusedError:
+            os.unlink(path)
+            return
+        except OSError as error:
+            if error.errno != errno.EPROTOTYPE:
+                raise
+    raise UsageError(f"cannot listen on unix:{path}: another process listens there already")
 
 
 def receive(source: _Source, receiver: Receiver, *, on_record: Callable[[Receiver], None] = lambda r: None) -> None:
@@ -133,9 +167,7 @@ def receive(source: _Source, receiver: Receiver, *, on_record: Callable[[Receive
             if record is None:
                 data = source.read(min(max(reader.wanted, 1), READ_SIZE))
                 if not data:
-                    raise PeerVanished(
-                        f"the stream from {source.name} ends {reader.position}, while {receiver.state.value}"
-                    )
+                    raise PeerVanished(f"the stream is cut off {reader.position} (state: {receiver.state.value})")
                 reader.feed(data)
                 continue
             answer = receiver.handle(record)
@@ -154,6 +186,7 @@ def resume(
     *,
     run_for: float = 0.5,
     announce: Callable[[str], None] = lambda text: None,
+    on_checked: Callable[[dict[str, Any]], None] = lambda facts: None,
     keep_running: Callable[[], bool] | None = None,
 ) -> dict[str, Any]:
     """Go on with a received guest, and see that it does well.
@@ -168,6 +201,8 @@ def resume(
         Seconds to let the workload go on before the hint run and again after it.
     announce
         Told what happens.
+    on_checked
+        Told the result when the checks are over.
     keep_running
         Called over and over after the checks; the guest runs on while it returns True.
 
@@ -187,18 +222,15 @@ def resume(
         state, transport = saved["device"], saved["transport"]
         device = BalloonDevice(int(state["offered"]), profile=profile_named(str(state["profile"])))
         bases = {int(r["index"]): int(r["base"]) for r in transport["rings"]}
-        arguments = [str(a) for a in receiver.header.get("resume_arguments", [])]
-    except (KeyError, TypeError, ValueError) as error:
+        arguments = _resume_arguments(receiver.header["resume"])
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise UsageError(f"the device state in the stream is malformed: {error!r}") from error
     device.discard = Discarder(memory)
     loop = Loop()
     backend = VhostUserBackend(device, loop, on_memory=lambda: device.load(state))
-    folder = tempfile.mkdtemp(prefix="virtio-balloon-")
-    path = os.path.join(folder, "balloon.sock")
-    backend.listen(path)
     guest = None
     try:
-        guest = PythonGuest(loop, backend, path, [*arguments, "--bases", json.dumps(bases)], ram=memory.regions[0].fd)
+        guest = PythonGuest(loop, backend, None, [*arguments, "--bases", json.dumps(bases)], ram=memory.regions[0].fd)
         guest.wait_ready()
         announce("the guest runs here")
         allocated = int(guest.status["allocated_pages"])
@@ -223,6 +255,7 @@ def resume(
             "pages_written_since": int(status["pages_written"]) - written,
             "hinted_pages_left": status["hinted_pages"],
         }
+        on_checked(facts)
         if keep_running is not None:
             while keep_running():
                 guest.run_for(0.2)
@@ -232,7 +265,17 @@ def resume(
             guest.close()
         backend.close()
         loop.close()
-        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _resume_arguments(wanted: dict[str, Any]) -> list[str]:
+    """Return the guest's command line for what the header asks; it came from outside, so only what is known passes."""
+    found = []
+    for name, allowed in RESUME_OPTIONS.items():
+        value = str(wanted[name])
+        if allowed.fullmatch(value) is None:
+            raise ValueError(f"{name} {value!r}")
+        found += [f"--{name.replace('_', '-')}", value]
+    return found
 
 
 def _checked(guest: PythonGuest) -> dict[str, Any]:

@@ -19,6 +19,8 @@ class Loop:
 
     def __init__(self) -> None:
         self._selector = selectors.DefaultSelector()
+        self.tick: Callable[[], None] | None = None
+        """Called each time round, after what was ready: for a display, or to look whether the user wants to stop."""
 
     def watch(self, fd: int, callback: Callable[[], None], events: int = READ) -> None:
         """Call `callback` whenever `fd` is ready; replaces an earlier watch of the same descriptor."""
@@ -42,6 +44,8 @@ class Loop:
             # A callback before this one may have ended the watch.
             if key.fd in self._selector.get_map() and self._selector.get_map()[key.fd].data is key.data:
                 key.data()
+        if self.tick is not None:
+            self.tick()
 
     def run_until(self, done: Callable[[], bool], timeout: float, what: str) -> None:
         """Serve until `done()`.

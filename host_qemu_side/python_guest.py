@@ -25,7 +25,7 @@ from vring.dirty import DirtyLog
 from vring.dirty.combined import CombinedLog
 from vring.dirty.software import SoftwareDirtyLog
 from vring.dirty.wp_async import TrackedRange, WpAsyncDirtyLog
-from vring.errors import PeerVanished, UsageError
+from vring.errors import PeerVanished, UsageError, VirtioError
 from vring.memory import GuestMemory
 
 __all__ = ["PythonGuest"]
@@ -43,9 +43,9 @@ class PythonGuest:
     loop
         Who watches the control channel.
     backend
-        The device's back end, already listening on `socket_path`.
+        The device's back end.
     socket_path
-        Where.
+        Where it listens; None gives the guest a connected socket, which has no name that could be left behind.
     arguments
         More arguments of ``python -m guest_driver``.
     ram
@@ -58,7 +58,7 @@ class PythonGuest:
         self,
         loop: Loop,
         backend: VhostUserBackend,
-        socket_path: str,
+        socket_path: str | None,
         arguments: list[str],
         *,
         ram: int | None = None,
@@ -73,15 +73,23 @@ class PythonGuest:
         self.events: list[str] = []
         self._log_fd = -1
         self._gone: str | None = None
+        self._had_device = False
         mine, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        command = [sys.executable, "-m", "guest_driver", "--socket", socket_path, "--control-fd", str(theirs.fileno())]
-        command += ["--die-with-parent", *arguments]
         passed = [theirs.fileno()]
-        if ram is not None:
-            command += ["--ram-fd", str(ram)]
-            passed.append(ram)
-        with theirs:
-            self.process = subprocess.Popen(command, pass_fds=passed, stdin=subprocess.DEVNULL, env=environment)
+        with theirs, contextlib.ExitStack() as stack:
+            if socket_path is None:
+                near, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+                backend.serve(near)
+                passed.append(stack.enter_context(far).fileno())
+                socket_path = f"fd:{far.fileno()}"
+            command = [sys.executable, "-m", "guest_driver", "--socket", socket_path]
+            command += ["--control-fd", str(theirs.fileno()), "--die-with-parent", *arguments]
+            if ram is not None:
+                command += ["--ram-fd", str(ram)]
+                passed.append(ram)
+            self.process = subprocess.Popen(
+                command, pass_fds=passed, stdin=subprocess.DEVNULL, env=environment, process_group=0
+            )
         self._control = mine
         self._control.setblocking(False)
         self.pid = self.process.pid
@@ -101,20 +109,28 @@ class PythonGuest:
             if not data:
                 self._lost("it closed the control channel")
                 return
-            message = json.loads(data)
-            event = message.pop("event", "")
-            self.events.append(event)
-            if event == "hello":
-                self.hello = message
-                self.journal = Journal.open(fds[-1])
-                if len(fds) > 1:
-                    self._log_fd = os.dup(fds[0])
-            elif event == "checked":
-                self.checked = message
-            elif message:
-                self.status = message
-            for fd in fds:
-                os.close(fd)
+            try:
+                self._heard(data, fds)
+            except (ValueError, AttributeError, IndexError, OSError, VirtioError) as error:
+                self._lost(f"it said what makes no sense ({data[:40]!r}: {error})")
+                return
+            finally:
+                for fd in fds:
+                    os.close(fd)
+
+    def _heard(self, data: bytes, fds: list[int]) -> None:
+        message = json.loads(data)
+        event = message.pop("event", "")
+        if event == "hello":
+            self.hello = message
+            self.journal = Journal.open(fds[-1])
+            if len(fds) > 1:
+                self._log_fd = os.dup(fds[0])
+        elif event == "checked":
+            self.checked = message
+        elif message:
+            self.status = message
+        self.events.append(event)
 
     def _lost(self, why: str) -> None:
         self.loop.unwatch(self._control.fileno())
@@ -131,6 +147,16 @@ class PythonGuest:
             self._readable()
             if self._gone is None:
                 self._lost("it ended")
+        if self._gone is None and self._had_device and not self.backend.connected:
+            # The device may see it first. No device, no RAM: there is nothing left to migrate or to go on with.
+            if self.process.poll() is None:
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    self.process.wait(0.2)
+            if self.process.poll() is not None:
+                self._lost("it ended")
+            else:
+                self._gone = f"the connection to its device is lost: {self.backend.last_error}"
+        self._had_device = self._had_device or self.backend.memory is not None
         if self._gone is not None:
             raise PeerVanished(f"the guest (process {self.pid}) is gone: {self._gone}")
 

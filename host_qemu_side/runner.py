@@ -30,6 +30,8 @@ __all__ = ["BackendHints", "GuestHandle", "MigrationRunner", "Outcome", "RunnerP
 
 U64 = npt.NDArray[np.uint64]
 HELLO_TIMEOUT = 15.0
+SILENCE = 60.0
+"""Seconds a destination may take nothing of what is sent before it counts as gone."""
 POLL = 0.1
 """Seconds at most between two looks at a destination that is waited for."""
 
@@ -61,8 +63,10 @@ class BackendHints:
         """Whether a run is requested or started."""
         return self._device.hinting.active
 
-    def start(self) -> int:
-        """Issue a new id and tell the driver."""
+    def start(self) -> int | None:
+        """Issue a new id and tell the driver; None if the driver is gone."""
+        if not self._device.hinting_negotiated:
+            return None
         command_id = self._device.start_hinting()
         self._backend.deliver()
         return command_id
@@ -101,6 +105,9 @@ class Outcome:
     guest_at_pause: dict[str, Any] = field(default_factory=dict)
     oracle_seconds: float = 0.0
     """Time the oracle took; not part of the migration's."""
+    judge: Callable[[U64], Verdict] | None = None
+    """Judges page digests of the destination that were got another way (a file does not answer). Valid as long as the
+    guest's journal is open."""
 
 
 class RunnerPhase(Enum):
@@ -141,6 +148,8 @@ class MigrationRunner:
         Called when the guest is frozen for the last time; what it returns is in the outcome.
     report_timeout
         Seconds to wait for the destination to say how the guest does there; 0: do not.
+    silence
+        Seconds the destination may say no hello, or take nothing of what is sent, before it counts as gone.
 
     Notes
     -----
@@ -163,10 +172,13 @@ class MigrationRunner:
         hand_over: bool = True,
         at_pause: Callable[[], dict[str, Any]] = dict,
         report_timeout: float = 0.0,
+        silence: float = SILENCE,
     ) -> None:
         assert backend.memory is not None
         self._loop, self._guest, self._output = backend.loop, guest, output
-        self._report_timeout = report_timeout
+        self._report_timeout, self._silence = report_timeout, silence
+        self._hello_timeout = min(silence, HELLO_TIMEOUT)
+        self._sent, self._sent_at = 0, time.monotonic()
         self._watched = output.fileno() if isinstance(output, SocketOutput) else -1
         self._clock = MigrationClock()
         self.witness = Witness(backend.memory, device, journal, self._clock) if oracle else None
@@ -196,7 +208,7 @@ class MigrationRunner:
         self.migration.result.hints_refused = refused or self.migration.result.hints_refused
         self.outcome = Outcome(self.migration.result)
         self.phase = RunnerPhase.HELLO if isinstance(output, SocketOutput) else RunnerPhase.MIGRATE
-        self._deadline = time.monotonic() + HELLO_TIMEOUT
+        self._deadline = time.monotonic() + self._hello_timeout
 
     @property
     def finished(self) -> bool:
@@ -238,8 +250,9 @@ class MigrationRunner:
     def _hello(self) -> float:
         """A destination speaks first: a migration does not begin before somebody is there who understands it."""
         if self.migration.cancelled is not None:
-            raise Cancelled(self.migration.cancelled)
-        record = self._answer("the destination to say hello (is it `balloon receive`?)", HELLO_TIMEOUT)
+            raise Cancelled(f"{self.migration.cancelled} before it began")
+        self._guest.check_alive()
+        record = self._answer("the destination to say hello (is it `balloon receive`?)", self._hello_timeout)
         if record is None:
             return POLL
         if record.kind is not Kind.HELLO:
@@ -250,7 +263,8 @@ class MigrationRunner:
         return 0.0
 
     def _migrate(self) -> float:
-        self._guest.check_alive()
+        if not self.migration.committed:  # then it is the destination's, and this one may end
+            self._guest.check_alive()
         wake = self.migration.step(self._clock())
         if self.migration.finished:
             self._collect()
@@ -260,11 +274,22 @@ class MigrationRunner:
                 self._deadline = time.monotonic() + self._report_timeout
         elif self._output.blocked:
             self._loop.watch(self._watched, _nothing, WRITE)
+            self._check_progress()
         else:
             self._loop.unwatch(self._watched)
+            self._sent_at = time.monotonic()
         return max(wake - self._clock(), 0.0)
 
+    def _check_progress(self) -> None:
+        if self._output.bytes_sent != self._sent:
+            self._sent, self._sent_at = self._output.bytes_sent, time.monotonic()
+        elif time.monotonic() - self._sent_at > self._silence:
+            raise PeerVanished(f"the destination took nothing for {self._silence:g} s")
+
     def _report(self) -> float:
+        if self.migration.cancelled is not None:  # too late for that; but nobody wants to wait any more
+            self._end()
+            return 0.0
         record = self._answer("the destination to report on the guest", self._report_timeout)
         if record is None:
             return POLL
@@ -289,6 +314,7 @@ class MigrationRunner:
         outcome.oracle_seconds = self._clock.excluded
         if witness is None:
             return
+        outcome.judge = witness.verdict
         parts = [np.frombuffer(r.payload, "<u8") for r in answers if r.kind is Kind.DIGESTS]
         if parts:
             outcome.verdict = witness.verdict(np.concatenate(parts))

@@ -121,7 +121,7 @@ class Server:
                     dispatcher.add(command)
                 self.monitor = MonitorServer(self.loop, options.monitor, dispatcher)
             if options.guest_arguments is not None:
-                self._guest = PythonGuest(self.loop, self.backend, options.socket, options.guest_arguments)
+                self._guest = PythonGuest(self.loop, self.backend, None, options.guest_arguments)
                 header = {"guest": "python", "resume_arguments": options.resume_arguments}
                 self.host.guest = OwnGuest(self._guest, header, self._emit, self._attend)
         except BaseException:

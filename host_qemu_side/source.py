@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -17,16 +18,19 @@ from host_qemu_side.discard import Discarder
 from host_qemu_side.loop import Loop
 from host_qemu_side.migration.engine import Limits, Migration
 from host_qemu_side.migration.output import FileOutput, SocketOutput
-from host_qemu_side.runner import BackendHints, GuestHandle, MigrationRunner, Outcome, RunnerPhase
+from host_qemu_side.runner import SILENCE, BackendHints, GuestHandle, MigrationRunner, Outcome, RunnerPhase
 from host_qemu_side.vhost_user import VhostUserBackend
 from host_qemu_side.witness import Witness
 from vring.dirty import DirtyLog
 from vring.dirty.software import SoftwareDirtyLog
+from vring.errors import MissingFacility, UsageError
 from vring.memory import GuestMemory
 
 __all__ = ["BackendHints", "GuestHandle", "Outcome", "SourceHost"]
 
 U64 = npt.NDArray[np.uint64]
+NAP = 0.1
+"""Seconds after which a wait looks around: a signal alone does not end it."""
 
 
 class SourceHost:
@@ -46,9 +50,8 @@ class SourceHost:
         self.device.discard = self._discard
         self.backend = VhostUserBackend(self.device, self.loop)
         self.device_log: SoftwareDirtyLog | None = None
-        self._folder = tempfile.mkdtemp(prefix="virtio-balloon-")
-        self.socket_path = os.path.join(self._folder, "balloon.sock")
-        self.backend.listen(self.socket_path)
+        self._migration: Migration | None = None
+        self._folder: str | None = None
 
     def __enter__(self) -> SourceHost:
         return self
@@ -60,7 +63,25 @@ class SourceHost:
         """Close the device and remove the socket."""
         self.backend.close()
         self.loop.close()
-        shutil.rmtree(self._folder, ignore_errors=True)
+        if self._folder is not None:
+            shutil.rmtree(self._folder, ignore_errors=True)
+
+    @property
+    def socket_path(self) -> str:
+        """Path where a front end can connect, made when it is first asked for.
+
+        It lies in a folder of its own, which `close` removes. A program that is killed leaves it behind, so a guest
+        that can be given a connected socket (`PythonGuest`) needs none.
+        """
+        if self._folder is None:
+            self._folder = tempfile.mkdtemp(prefix="virtio-balloon-")
+            self.backend.listen(os.path.join(self._folder, "balloon.sock"))
+        return os.path.join(self._folder, "balloon.sock")
+
+    @property
+    def handed_over(self) -> bool:
+        """Whether the last migration gave the guest away, also if it failed afterwards: it must not go on here."""
+        return self._migration is not None and self._migration.committed
 
     @property
     def memory(self) -> GuestMemory | None:
@@ -94,6 +115,7 @@ class SourceHost:
         at_pause: Callable[[], dict[str, Any]] = dict,
         report_timeout: float = 0.0,
         stop_requested: Callable[[], bool] = lambda: False,
+        silence: float = SILENCE,
     ) -> Outcome:
         """Migrate the guest that is connected.
 
@@ -123,6 +145,8 @@ class SourceHost:
             Seconds to wait for the destination to say how the guest does there; 0: do not.
         stop_requested
             Asked at each step; True cancels.
+        silence
+            Seconds the destination may say no hello, or take nothing of what is sent, before it counts as gone.
 
         Raises
         ------
@@ -142,8 +166,10 @@ class SourceHost:
             hand_over=hand_over,
             at_pause=at_pause,
             report_timeout=report_timeout,
+            silence=silence,
         )
         assert runner.witness is not None
+        self._migration = runner.migration
         try:
             while not runner.finished:
                 if stop_requested():
@@ -152,8 +178,23 @@ class SourceHost:
                 wait = runner.step()
                 if migrating and on_step is not None:
                     on_step(runner.migration, runner.witness)
-                self.loop.run_once(wait)
+                self.loop.run_once(min(wait, NAP))
         except BaseException as error:
             runner.abort(error)
+            if isinstance(error, (MissingFacility, UsageError, OSError)) and not runner.migration.committed:
+                self._look_after(guest)
             raise
         return runner.outcome
+
+    def _look_after(self, guest: GuestHandle) -> None:
+        """After a failure: a guest that is gone is the reason. One that is dying fails its dirty log a moment before.
+
+        Raises
+        ------
+        PeerVanished
+            If it is gone.
+        """
+        end = time.monotonic() + 2 * NAP
+        while time.monotonic() < end:
+            guest.check_alive()
+            self.loop.run_once(NAP / 10)

@@ -452,8 +452,8 @@ class VhostUserBackend:
                 self._request.send(vu.pack_message(vu.BackendRequest.CONFIG_CHANGE))
             except BlockingIOError:
                 pass  # notifications that were not read yet are pending: it will look at the config space
-            except OSError as error:
-                log.warning("vhost-user: config change not delivered: %s", error)
+            except OSError as error:  # the front end is gone, which its socket will say
+                log.info("vhost-user: config change not delivered: %s", error)
 
     # -- pausing, saving ------------------------------------------------------------------------------------------
 

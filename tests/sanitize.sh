@@ -16,6 +16,6 @@ for test in csrc/tests/*.c; do
     # shellcheck disable=SC2086 # a list of files, none with spaces
     ${CC:-cc} -std=c11 -g -O1 -Wall -Wextra -Werror -D_GNU_SOURCE -Icsrc \
         -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer \
-        $sources -o "$out/$name"
+        $sources -pthread -o "$out/$name"
     "$out/$name" "${1:-1}" "${2:-5}"
 done

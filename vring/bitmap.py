@@ -31,8 +31,8 @@ _RUNS = 4096
 
 
 def words(array: npt.NDArray[np.uint64]) -> Any:
-    """Return the C pointer ``uint64_t *`` of a contiguous uint64 array."""
-    return ffi.cast("uint64_t *", array.ctypes.data)
+    """Return the C pointer ``uint64_t *`` of a contiguous uint64 array. The pointer keeps the array alive."""
+    return ffi.from_buffer("uint64_t[]", array)
 
 
 def empty(pages: int) -> Bitmap:

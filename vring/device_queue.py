@@ -18,6 +18,8 @@ from vring.memory import GuestMemory
 
 __all__ = ["Batch", "DeviceQueue"]
 
+_exchange = lib.vq_device_exchange  # looked up once: it is called per batch
+
 
 @dataclass(frozen=True, slots=True)
 class Batch:
@@ -197,7 +199,7 @@ class DeviceQueue:
         UsageError
             As `push`; then nothing was popped.
         """
-        n: int = lib.vq_device_exchange(self._q, self._io, n_push, max_pop, spins)
+        n: int = _exchange(self._q, self._io, n_push, max_pop, spins)
         return n if n >= 0 else self._check(n)
 
     @property

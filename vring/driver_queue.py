@@ -18,6 +18,8 @@ from vring.memory import GuestMemory
 
 __all__ = ["DriverQueue"]
 
+_exchange = lib.vq_driver_exchange  # looked up once: it is called per batch
+
 
 class DriverQueue:
     """The driver half of a split virtqueue: add buffers, publish, collect.
@@ -250,7 +252,7 @@ class DriverQueue:
             raise UsageError(f"{n_add} buffers for arrays of {self.size}", queue=self.index)
         if chained and int(self.counts[:n_add].sum(dtype=np.uint64)) > self.size:
             raise UsageError(f"more segments than the array of {self.size} holds", queue=self.index)
-        n: int = lib.vq_driver_exchange(self._q, self._io, n_add, spins)
+        n: int = _exchange(self._q, self._io, n_add, spins)
         return n if n >= 0 else self._check(n)
 
     @property

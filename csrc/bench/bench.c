@@ -93,6 +93,8 @@ static int driver_turn(int kind, struct driver_side *s, uint32_t batch, uint64_t
                 break;
             moved++;
         }
+        if (!moved)
+            plain_poll(&s->plain.used[1], s->plain.last_used, spins);
         return moved;
     }
     for (uint32_t i = 0; i < n; i++) {
@@ -126,6 +128,8 @@ static int device_turn(int kind, struct device_side *s, uint32_t batch, uint32_t
             n++;
         }
         s->used += (uint64_t)n;
+        if (!n)
+            plain_poll(&s->plain.avail[1], s->plain.used_idx, spins);
         return n;
     }
     n = vq_device_exchange(&s->q, &s->io, s->to_push, batch, spins);

@@ -58,5 +58,7 @@ int plain_add(struct plain_driver *q, uint64_t addr, uint32_t len, uint64_t toke
 int plain_get(struct plain_driver *q, uint64_t *token, uint32_t *len);
 /* Pop and push one; 0 if there is none. */
 int plain_use(struct plain_device *q, uint64_t *addr, uint32_t *len);
+/* Look at an index until it moves, at most `spins` times. */
+void plain_poll(const uint16_t *idx, uint16_t seen, uint32_t spins);
 
 #endif

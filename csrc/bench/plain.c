@@ -80,3 +80,10 @@ int plain_use(struct plain_device *q, uint64_t *addr, uint32_t *len)
     __atomic_store_n(&q->used[1], q->used_idx, __ATOMIC_RELEASE); /* pairs with the acquire in plain_get */
     return 1;
 }
+
+void plain_poll(const uint16_t *idx, uint16_t seen, uint32_t spins)
+{
+    while (spins &&
+           __atomic_load_n(idx, __ATOMIC_RELAXED) == seen) /* no order: whoever takes the buffer acquires */
+        spins--;
+}

@@ -53,8 +53,8 @@ COUNTS_BITS int64_t dirty_count(const uint64_t *map, uint64_t first, uint64_t n)
     return count;
 }
 
-/* The pages wholly inside bytes [addr, addr + len), cut to the bitmap; rounded inwards, since a page of which only a
- * part was hinted must be sent. */
+/* The pages wholly inside bytes [addr, addr + len), cut to the bitmap; rounded inwards, since a page of which
+ * only a part was hinted must be sent. */
 static uint64_t whole_pages(uint64_t addr, uint64_t len, uint64_t pages, uint64_t *first)
 {
     uint64_t end = (addr + len < addr ? UINT64_MAX : addr + len) / DIRTY_PAGE_SIZE;
@@ -64,7 +64,8 @@ static uint64_t whole_pages(uint64_t addr, uint64_t len, uint64_t pages, uint64_
     return *first < end ? end - *first : 0;
 }
 
-int64_t dirty_clear_ranges(uint64_t *map, uint64_t pages, const uint64_t *addr, const uint64_t *len, uint64_t count)
+int64_t dirty_clear_ranges(uint64_t *map, uint64_t pages, const uint64_t *addr, const uint64_t *len,
+                           uint64_t count)
 {
     int64_t cleared = 0;
     uint64_t first;
@@ -75,7 +76,8 @@ int64_t dirty_clear_ranges(uint64_t *map, uint64_t pages, const uint64_t *addr, 
     return cleared;
 }
 
-void dirty_set_ranges(uint64_t *map, uint64_t pages, const uint64_t *addr, const uint64_t *len, uint64_t count)
+void dirty_set_ranges(uint64_t *map, uint64_t pages, const uint64_t *addr, const uint64_t *len,
+                      uint64_t count)
 {
     uint64_t first;
     for (uint64_t i = 0; i < count; i++) {
@@ -84,8 +86,8 @@ void dirty_set_ranges(uint64_t *map, uint64_t pages, const uint64_t *addr, const
     }
 }
 
-int64_t dirty_runs(const uint64_t *map, uint64_t first, uint64_t end, uint64_t *starts, uint64_t *lengths, uint64_t max,
-                   uint64_t *resume)
+int64_t dirty_runs(const uint64_t *map, uint64_t first, uint64_t end, uint64_t *starts, uint64_t *lengths,
+                   uint64_t max, uint64_t *resume)
 {
     uint64_t found = 0, at = first;
     while (at < end && found < max) {
@@ -130,13 +132,15 @@ void dirty_log_mark(uint64_t *log, uint64_t first, uint64_t n)
     }
 }
 
-void dirty_log_mark_ranges(uint64_t *log, uint64_t pages, const uint64_t *addr, const uint64_t *len, uint64_t count)
+void dirty_log_mark_ranges(uint64_t *log, uint64_t pages, const uint64_t *addr, const uint64_t *len,
+                           uint64_t count)
 {
     for (uint64_t i = 0; i < count; i++) {
         if (!len[i])
             continue;
         const uint64_t first = addr[i] / DIRTY_PAGE_SIZE;
-        uint64_t last = (addr[i] + len[i] - 1 < addr[i] ? UINT64_MAX : addr[i] + len[i] - 1) / DIRTY_PAGE_SIZE;
+        uint64_t last =
+            (addr[i] + len[i] - 1 < addr[i] ? UINT64_MAX : addr[i] + len[i] - 1) / DIRTY_PAGE_SIZE;
         if (last >= pages)
             last = pages - 1;
         if (first < pages)
@@ -150,7 +154,8 @@ COUNTS_BITS int64_t dirty_log_fetch(uint64_t *log, uint64_t *into, uint64_t page
     for (uint64_t w = 0; w < (pages + WORD_BITS - 1) / WORD_BITS; w++) {
         if (!__atomic_load_n(&log[w], __ATOMIC_RELAXED))
             continue;
-        /* Fetch and clear in one step: a mark between the two would be lost. Acquire pairs with dirty_log_mark. */
+        /* Fetch and clear in one step: a mark between the two would be lost. Acquire pairs with
+         * dirty_log_mark. */
         const uint64_t bits = __atomic_exchange_n(&log[w], 0, __ATOMIC_ACQUIRE);
         moved += __builtin_popcountll(bits);
         into[w] |= bits;

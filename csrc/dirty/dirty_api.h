@@ -1,7 +1,7 @@
 /* Page bitmaps, page contents, and the kernel's ways to tell which pages were written.
  *
- * This header is also read by cffi: no guards, inlines, attributes or shifts in macros here; dirty.h includes it.
- * A bitmap is an array of uint64_t, bit p % 64 of word p / 64 stands for page p. A page is 4096 bytes.
+ * This header is also read by cffi: no guards, inlines, attributes or shifts in macros here; dirty.h includes
+ * it. A bitmap is an array of uint64_t, bit p % 64 of word p / 64 stands for page p. A page is 4096 bytes.
  * Functions return a count >= 0 or a negative errno.
  */
 
@@ -16,23 +16,27 @@ int64_t dirty_count(const uint64_t *map, uint64_t first, uint64_t n);
 
 /* Clear the bits of `count` byte ranges (a hint's blocks); a page only partly covered keeps its bit.
  * Bytes outside [0, pages * 4096) are left alone. Returns how many bits were set before. */
-int64_t dirty_clear_ranges(uint64_t *map, uint64_t pages, const uint64_t *addr, const uint64_t *len, uint64_t count);
+int64_t dirty_clear_ranges(uint64_t *map, uint64_t pages, const uint64_t *addr, const uint64_t *len,
+                           uint64_t count);
 
 /* Set the bits of the pages wholly inside `count` byte ranges. */
-void dirty_set_ranges(uint64_t *map, uint64_t pages, const uint64_t *addr, const uint64_t *len, uint64_t count);
+void dirty_set_ranges(uint64_t *map, uint64_t pages, const uint64_t *addr, const uint64_t *len,
+                      uint64_t count);
 
 /* The runs of set bits in [first, end): writes up to `max` (start, length) pairs, returns how many;
  * *resume is where to go on, `end` when all was seen. */
-int64_t dirty_runs(const uint64_t *map, uint64_t first, uint64_t end, uint64_t *starts, uint64_t *lengths, uint64_t max,
-                   uint64_t *resume);
+int64_t dirty_runs(const uint64_t *map, uint64_t first, uint64_t end, uint64_t *starts, uint64_t *lengths,
+                   uint64_t max, uint64_t *resume);
 
 /* ---- a log shared between writers and one reader, in one process or several ---- */
 
 /* Mark pages written. Release order: whoever fetches the bit sees the store that came before. */
 void dirty_log_mark(uint64_t *log, uint64_t first, uint64_t n);
 /* Mark every page that the `count` byte ranges touch. */
-void dirty_log_mark_ranges(uint64_t *log, uint64_t pages, const uint64_t *addr, const uint64_t *len, uint64_t count);
-/* Move the log into `into` (or-ed) and clear it, word by word atomically, acquire order. Returns bits moved. */
+void dirty_log_mark_ranges(uint64_t *log, uint64_t pages, const uint64_t *addr, const uint64_t *len,
+                           uint64_t count);
+/* Move the log into `into` (or-ed) and clear it, word by word atomically, acquire order. Returns bits moved.
+ */
 int64_t dirty_log_fetch(uint64_t *log, uint64_t *into, uint64_t pages);
 
 /* ---- page contents ---- */
@@ -41,8 +45,10 @@ int64_t dirty_log_fetch(uint64_t *log, uint64_t *into, uint64_t pages);
 int dirty_page_is_zero(const uint8_t *page);
 
 /* Digest of each of `n` pages at `base`; 0 stands for an all-zero page and only for that.
- * Pages whose bit in `present` (from bit `first`) is clear are holes: digest 0, not read. `present` may be NULL. */
-void dirty_digest_pages(const uint8_t *base, uint64_t n, const uint64_t *present, uint64_t first, uint64_t *digests);
+ * Pages whose bit in `present` (from bit `first`) is clear are holes: digest 0, not read. `present` may be
+ * NULL. */
+void dirty_digest_pages(const uint8_t *base, uint64_t n, const uint64_t *present, uint64_t first,
+                        uint64_t *digests);
 
 /* Take pages with a set bit from [*cursor, end) for sending and clear their bits.
  * Page p lies at base + (p - base_page) * 4096. Holes (clear in `present`) count as zero and are not read.
@@ -52,31 +58,32 @@ struct dirty_take {
     uint64_t n_pages;
     uint64_t n_zeros;
 };
-void dirty_take_pages(uint64_t *map, const uint64_t *present, const uint8_t *base, uint64_t base_page, uint64_t *cursor,
-                      uint64_t end, uint8_t *data, uint64_t *pages, uint64_t max_pages, uint64_t *zeros,
-                      uint64_t max_zeros, struct dirty_take *out);
+void dirty_take_pages(uint64_t *map, const uint64_t *present, const uint8_t *base, uint64_t base_page,
+                      uint64_t *cursor, uint64_t end, uint8_t *data, uint64_t *pages, uint64_t max_pages,
+                      uint64_t *zeros, uint64_t max_zeros, struct dirty_take *out);
 
 /* ---- userfaultfd WP_ASYNC and PAGEMAP_SCAN (Linux 6.7) ---- */
 
-/* Open a userfaultfd for asynchronous write protection (USER_MODE_ONLY, no privilege needed). Returns the descriptor. */
+/* Open a userfaultfd for asynchronous write protection (USER_MODE_ONLY, no privilege needed). Returns the
+ * descriptor. */
 int dirty_uffd_open(void);
 /* Register a mapping of the calling process and write-protect it. */
 int dirty_uffd_register(int uffd, uint64_t start, uint64_t len);
-/* From a descriptor of /proc/PID/pagemap: or the pages of [start, start + len) written since the last scan into
- * `into` (bit first_page stands for the page at `start`) and re-protect them, in one step per page.
+/* From a descriptor of /proc/PID/pagemap: or the pages of [start, start + len) written since the last scan
+ * into `into` (bit first_page stands for the page at `start`) and re-protect them, in one step per page.
  * Returns how many were written; -EPERM if the range is not registered for asynchronous write protection. */
 int64_t dirty_pagemap_scan(int pagemap, uint64_t start, uint64_t len, uint64_t first_page, uint64_t *into);
 
 /* ---- cachestat (Linux 6.5) ---- */
 
-/* Or the pages of the file range [offset, offset + len) that are dirty in the page cache into `into` (bit first_page
- * stands for the page at `offset`), by bisection. Returns how many, or a negative errno. */
+/* Or the pages of the file range [offset, offset + len) that are dirty in the page cache into `into` (bit
+ * first_page stands for the page at `offset`), by bisection. Returns how many, or a negative errno. */
 int64_t dirty_cachestat_scan(int fd, uint64_t offset, uint64_t len, uint64_t first_page, uint64_t *into);
 /* How many of the `n` pages at these file offsets are not dirty, or a negative errno. */
 int64_t dirty_cachestat_lost(int fd, const uint64_t *offsets, uint64_t n);
-/* Write the dirty pages of a file range back and wait: they are clean and write-protected in all mappings after it.
- * Not durable. Returns 0 or a negative errno. */
+/* Write the dirty pages of a file range back and wait: they are clean and write-protected in all mappings
+ * after it. Not durable. Returns 0 or a negative errno. */
 int dirty_file_clean(int fd, uint64_t offset, uint64_t len);
-/* Or the pages of a file range that hold data (are no holes, SEEK_DATA) into `into`. Returns how many, or a negative
- * errno. Moves the descriptor's file position. */
+/* Or the pages of a file range that hold data (are no holes, SEEK_DATA) into `into`. Returns how many, or a
+ * negative errno. Moves the descriptor's file position. */
 int64_t dirty_present_scan(int fd, uint64_t offset, uint64_t len, uint64_t first_page, uint64_t *into);

@@ -1,6 +1,7 @@
 /* userfaultfd in asynchronous write-protect mode, and PAGEMAP_SCAN (Linux 6.7).
  *
- * The numbers below are the kernel's ABI. They are written here because the headers of Debian 12 are older than 6.7. */
+ * The numbers below are the kernel's ABI. They are written here because the headers of Debian 12 are older
+ * than 6.7. */
 #include "dirty/dirty.h"
 
 #include <errno.h>
@@ -25,19 +26,19 @@ struct scan_arg {
 struct scan_region {
     uint64_t start, end, categories;
 };
-#define PAGEMAP_SCAN_IOCTL      _IOWR('f', 16, struct scan_arg)
-#define SCAN_WP_MATCHING        (UINT64_C(1) << 0)
-#define SCAN_CHECK_WPASYNC      (UINT64_C(1) << 1)
-#define CATEGORY_WRITTEN        (UINT64_C(1) << 1)
-#define REGIONS_PER_CALL        256
+#define PAGEMAP_SCAN_IOCTL _IOWR('f', 16, struct scan_arg)
+#define SCAN_WP_MATCHING   (UINT64_C(1) << 0)
+#define SCAN_CHECK_WPASYNC (UINT64_C(1) << 1)
+#define CATEGORY_WRITTEN   (UINT64_C(1) << 1)
+#define REGIONS_PER_CALL   256
 
 int dirty_uffd_open(void)
 {
     const int fd = (int)syscall(SYS_userfaultfd, O_CLOEXEC | O_NONBLOCK | UFFD_USER_MODE_ONLY);
     if (fd < 0)
         return -errno;
-    struct uffdio_api api = {.api = UFFD_API,
-                             .features = FEATURE_WP_ASYNC | FEATURE_WP_UNPOPULATED | FEATURE_WP_HUGETLBFS_SHMEM};
+    struct uffdio_api api = {
+        .api = UFFD_API, .features = FEATURE_WP_ASYNC | FEATURE_WP_UNPOPULATED | FEATURE_WP_HUGETLBFS_SHMEM};
     if (ioctl(fd, UFFDIO_API, &api)) {
         const int error = errno;
         close(fd);
@@ -51,7 +52,8 @@ int dirty_uffd_register(int uffd, uint64_t start, uint64_t len)
     struct uffdio_register reg = {.range = {.start = start, .len = len}, .mode = UFFDIO_REGISTER_MODE_WP};
     if (ioctl(uffd, UFFDIO_REGISTER, &reg))
         return -errno;
-    struct uffdio_writeprotect protect = {.range = {.start = start, .len = len}, .mode = UFFDIO_WRITEPROTECT_MODE_WP};
+    struct uffdio_writeprotect protect = {.range = {.start = start, .len = len},
+                                          .mode = UFFDIO_WRITEPROTECT_MODE_WP};
     if (ioctl(uffd, UFFDIO_WRITEPROTECT, &protect))
         return -errno;
     /* A forked child would share the pages but not the protection: its writes would go unseen. */

@@ -1,24 +1,27 @@
 /* The guest's page allocator: a buddy system whose whole state lives inside guest RAM.
  *
- * This header is also read by cffi: no guards, inlines, attributes or shifts in macros here; page_alloc.h includes it.
- * Nothing here allocates, blocks, keeps globals or knows Python. One thread at a time may use a zone.
+ * This header is also read by cffi: no guards, inlines, attributes or shifts in macros here; page_alloc.h
+ * includes it. Nothing here allocates, blocks, keeps globals or knows Python. One thread at a time may use a
+ * zone.
  *
- * A page is 4096 bytes; its number (pfn) is its guest physical address divided by 4096. The zone is a header with the
- * heads of the free lists, followed by `mem_map`, one struct pa_page for each page from base_pfn to end_pfn. Links are
- * indices into mem_map, so a zone means the same in every process that maps the RAM. The bytes of free pages are never
- * read or written (unless poisoning is on): freeing dirties mem_map and nothing else.
+ * A page is 4096 bytes; its number (pfn) is its guest physical address divided by 4096. The zone is a header
+ * with the heads of the free lists, followed by `mem_map`, one struct pa_page for each page from base_pfn to
+ * end_pfn. Links are indices into mem_map, so a zone means the same in every process that maps the RAM. The
+ * bytes of free pages are never read or written (unless poisoning is on): freeing dirties mem_map and nothing
+ * else.
  *
- * Policy, so that two runs agree: an allocation takes the most recently freed block of the smallest order that has
- * one; a larger block is cut from its low end; what is left of it becomes the largest possible blocks. A fresh zone
- * hands out ascending addresses. Freeing merges with free buddies at once, as far as it goes.
+ * Policy, so that two runs agree: an allocation takes the most recently freed block of the smallest order
+ * that has one; a larger block is cut from its low end; what is left of it becomes the largest possible
+ * blocks. A fresh zone hands out ascending addresses. Freeing merges with free buddies at once, as far as it
+ * goes.
  */
 
 enum pa_error {
-    PA_ENOMEM = -1,    /* no free block of this order or a larger one */
+    PA_ENOMEM = -1,     /* no free block of this order or a larger one */
     PA_EWATERMARK = -2, /* there is one, but taking it would go below the watermark */
-    PA_EINJECTED = -3, /* fault injection said no */
-    PA_EINVAL = -4,    /* an argument is wrong: order, owner, count, room */
-    PA_EPFN = -5,      /* a page outside the zone or outside RAM, or a block not aligned to its order */
+    PA_EINJECTED = -3,  /* fault injection said no */
+    PA_EINVAL = -4,     /* an argument is wrong: order, owner, count, room */
+    PA_EPFN = -5,       /* a page outside the zone or outside RAM, or a block not aligned to its order */
     PA_ENOTALLOC = -6, /* freeing what is not the first page of an allocated block (a double free, for one) */
     PA_EORDER = -7,    /* freeing a block with another order than it was allocated with */
     PA_ECORRUPT = -8,  /* the zone's own state makes no sense; nothing was followed outside it */
@@ -34,11 +37,11 @@ enum pa_error {
     PA_VOWNER = -39,   /* an allocated block without owner, or a free one with */
 };
 
-#define PA_PAGE_SIZE 4096
-#define PA_MAX_ORDER 11 /* number of orders: 0 to 10, blocks of 4 KiB to 4 MiB */
-#define PA_NIL 0xffffffff
-#define PA_MAX_REGIONS 16
-#define PA_ZONE_MAGIC 0x3130454e4f5a4256 /* VBZONE01 */
+#define PA_PAGE_SIZE    4096
+#define PA_MAX_ORDER    11 /* number of orders: 0 to 10, blocks of 4 KiB to 4 MiB */
+#define PA_NIL          0xffffffff
+#define PA_MAX_REGIONS  16
+#define PA_ZONE_MAGIC   0x3130454e4f5a4256 /* VBZONE01 */
 #define PA_ZONE_VERSION 1
 
 /* Whom a block belongs to; other values up to 254 are the caller's to give. 0 is for free pages. */
@@ -131,23 +134,29 @@ uint64_t pa_zone_bytes(uint64_t pages);
 /* Make a zone for pages [base_pfn, end_pfn), all of them reserved for now. 0, or PA_EINVAL. */
 int pa_init(const struct pa_view *view, uint64_t base_pfn, uint64_t end_pfn, uint64_t watermark_min,
             uint64_t content_seed);
-/* Give reserved pages [start_pfn, end_pfn) to the zone as free pages. They must be RAM. 0, PA_EPFN, PA_ECORRUPT. */
+/* Give reserved pages [start_pfn, end_pfn) to the zone as free pages. They must be RAM. 0, PA_EPFN,
+ * PA_ECORRUPT. */
 int pa_add_range(const struct pa_view *view, uint64_t start_pfn, uint64_t end_pfn);
 /* Check that the header is one of ours and fits its room; call it once per process. 0 or PA_VHEADER. */
 int pa_attach(const struct pa_view *view);
 
 /* Allocate one block of 2^order pages; returns its pfn. */
 int64_t pa_alloc(const struct pa_view *view, uint32_t order, uint32_t flags, uint32_t owner, uint32_t tag);
-/* Allocate up to `n` blocks in one call, exactly those that n calls of pa_alloc would give. Stops at the first failure;
- * returns how many there are in `out`, or the error if there are none. *error (may be NULL) says why there are fewer. */
+/* Allocate up to `n` blocks in one call, exactly those that n calls of pa_alloc would give. Stops at the
+ * first failure; returns how many there are in `out`, or the error if there are none. *error (may be NULL)
+ * says why there are fewer. */
 int64_t pa_alloc_bulk(const struct pa_view *view, uint32_t order, uint64_t n, uint32_t flags, uint32_t owner,
                       uint32_t tag, uint64_t *out, int *error);
 /* Free a block. 0; or an error with nothing changed; or PA_ECORRUPT: it is free, but could not be merged. */
 int pa_free(const struct pa_view *view, uint64_t pfn, uint32_t order);
-/* Free `n` blocks. Returns how many were freed; if fewer than n, *error says why pfns[result] could not be. */
-int64_t pa_free_bulk(const struct pa_view *view, uint32_t order, uint64_t n, const uint64_t *pfns, int *error);
-/* Free all blocks of that owner and tag (PA_ANY: any) that start in [start_pfn, end_pfn). Returns pages freed. */
-int64_t pa_free_owned(const struct pa_view *view, uint64_t start_pfn, uint64_t end_pfn, uint32_t owner, uint32_t tag);
+/* Free `n` blocks. Returns how many were freed; if fewer than n, *error says why pfns[result] could not be.
+ */
+int64_t pa_free_bulk(const struct pa_view *view, uint32_t order, uint64_t n, const uint64_t *pfns,
+                     int *error);
+/* Free all blocks of that owner and tag (PA_ANY: any) that start in [start_pfn, end_pfn). Returns pages
+ * freed. */
+int64_t pa_free_owned(const struct pa_view *view, uint64_t start_pfn, uint64_t end_pfn, uint32_t owner,
+                      uint32_t tag);
 
 /* ---- walks ---- */
 
@@ -156,9 +165,9 @@ int64_t pa_free_owned(const struct pa_view *view, uint64_t start_pfn, uint64_t e
 int64_t pa_bitmap(const struct pa_view *view, uint32_t owner, uint64_t *map, uint64_t words);
 /* Count the pages of each owner; counts[0] is for free pages. Returns blocks seen. */
 int64_t pa_count_owners(const struct pa_view *view, uint64_t counts[256]);
-/* List allocated blocks of owner and tag (PA_ANY: any) that start at or after *cursor, ascending. Looks at no more than
- * `scan` blocks and lists no more than `max`; *cursor moves on to where to continue, base to end of the zone.
- * `orders` may be NULL. Returns how many were listed. */
+/* List allocated blocks of owner and tag (PA_ANY: any) that start at or after *cursor, ascending. Looks at no
+ * more than `scan` blocks and lists no more than `max`; *cursor moves on to where to continue, base to end of
+ * the zone. `orders` may be NULL. Returns how many were listed. */
 int64_t pa_owned(const struct pa_view *view, uint64_t *cursor, uint64_t scan, uint32_t owner, uint32_t tag,
                  uint64_t max, uint64_t *pfns, uint8_t *orders);
 /* Check every invariant. 0, or PA_V... with the page concerned in *where. */
@@ -179,31 +188,34 @@ struct pa_check_result {
     uint64_t first_wrong; /* pfn, or all ones */
 };
 
-/* Write the content of (seed, pfn, version) into each page. No journal, no mem_map. 0 or PA_EPFN (some pages may have
- * been written). `versions` NULL stands for all zero. */
-int pa_fill(const struct pa_view *view, uint64_t n, const uint64_t *pfns, uint64_t seed, const uint32_t *versions);
+/* Write the content of (seed, pfn, version) into each page. No journal, no mem_map. 0 or PA_EPFN (some pages
+ * may have been written). `versions` NULL stands for all zero. */
+int pa_fill(const struct pa_view *view, uint64_t n, const uint64_t *pfns, uint64_t seed,
+            const uint32_t *versions);
 /* Compare each page with what it should hold. 0 or PA_EPFN. */
-int pa_check(const struct pa_view *view, uint64_t n, const uint64_t *pfns, uint64_t seed, const uint32_t *versions,
-             struct pa_check_result *result);
-/* What a workload does: for each page of `n` blocks of 2^order pages stamp the journal, add `bump` to the version in
- * mem_map, write the content for it with the zone's seed, stamp the journal again. bump 0 rewrites the same content.
- * Returns pages written, or PA_EPFN with nothing written. */
+int pa_check(const struct pa_view *view, uint64_t n, const uint64_t *pfns, uint64_t seed,
+             const uint32_t *versions, struct pa_check_result *result);
+/* What a workload does: for each page of `n` blocks of 2^order pages stamp the journal, add `bump` to the
+ * version in mem_map, write the content for it with the zone's seed, stamp the journal again. bump 0 rewrites
+ * the same content. Returns pages written, or PA_EPFN with nothing written. */
 int64_t pa_write(const struct pa_view *view, uint32_t order, uint64_t n, const uint64_t *pfns, uint32_t bump);
-/* Compare all pages of allocated blocks of owner and tag (PA_ANY: any) that start in [start_pfn, end_pfn) with the
- * version in mem_map and the zone's seed. 0 or PA_ECORRUPT. */
-int pa_check_owned(const struct pa_view *view, uint64_t start_pfn, uint64_t end_pfn, uint32_t owner, uint32_t tag,
-                   struct pa_check_result *result);
+/* Compare all pages of allocated blocks of owner and tag (PA_ANY: any) that start in [start_pfn, end_pfn)
+ * with the version in mem_map and the zone's seed. 0 or PA_ECORRUPT. */
+int pa_check_owned(const struct pa_view *view, uint64_t start_pfn, uint64_t end_pfn, uint32_t owner,
+                   uint32_t tag, struct pa_check_result *result);
 
-/* ---- the journal of writes: evidence for a test's oracle, outside guest RAM, in shared memory of its own ----
+/* ---- the journal of writes: evidence for a test's oracle, outside guest RAM, in shared memory of its own
+ * ----
  *
  * The header is followed, PA_JOURNAL_HEADER bytes from the start, by one u64 per page, index = pfn:
  *   high 32 bits: the epoch of the last write; low 32 bits: in how many distinct epochs the page was written.
- * 0 means never written. The host adds 1 to `epoch` before it issues a command id (sequentially consistent, and before it
- * reads any page). The guest stamps a page with the epoch before it stores to it and, behind a full fence, again
- * after: if the second stamp still has the old epoch then the stores are visible to whoever saw the new one. */
-#define PA_JOURNAL_MAGIC 0x4c4e52554f4a4256 /* VBJOURNL */
+ * 0 means never written. The host adds 1 to `epoch` before it issues a command id (sequentially consistent,
+ * and before it reads any page). The guest stamps a page with the epoch before it stores to it and, behind a
+ * full fence, again after: if the second stamp still has the old epoch then the stores are visible to whoever
+ * saw the new one. */
+#define PA_JOURNAL_MAGIC   0x4c4e52554f4a4256 /* VBJOURNL */
 #define PA_JOURNAL_VERSION 1
-#define PA_JOURNAL_HEADER 4096
+#define PA_JOURNAL_HEADER  4096
 
 struct pa_journal {
     uint64_t magic;
@@ -216,8 +228,10 @@ struct pa_journal {
 
 /* Use the journal mapped at `base`, `bytes` long; NULL to use none. 0 or PA_EJOURNAL. */
 int pa_journal_use(struct pa_view *view, uint8_t *base, uint64_t bytes);
-/* Mark pages written from now on in a bitmap of `pages` bits, after each store and with release order; whoever fetches
- * a word clears it in one atomic step. NULL to mark none. 0 or PA_EJOURNAL if it is shorter than this RAM. */
+/* Mark pages written from now on in a bitmap of `pages` bits, after each store and with release order;
+ * whoever fetches a word clears it in one atomic step. NULL to mark none. 0 or PA_EJOURNAL if it is shorter
+ * than this RAM. */
 int pa_dirty_log_use(struct pa_view *view, uint64_t *log, uint64_t pages);
-/* Stamp pages with the current epoch; for writers other than pa_write, before and after their store. 0 or PA_EPFN. */
+/* Stamp pages with the current epoch; for writers other than pa_write, before and after their store. 0 or
+ * PA_EPFN. */
 int pa_journal_stamp(const struct pa_view *view, uint64_t n, const uint64_t *pfns);

@@ -340,8 +340,8 @@ int vq_device_push(struct vq_device *q, const uint32_t *heads, const uint32_t *l
             return err;
         }
         h->held = 0;
-        store32(element, head);
-        store32(element + 2, len);
+        update32(element, head);
+        update32(element + 2, len);
         now++;
     }
     q->in_flight -= n;

@@ -62,6 +62,21 @@ static inline void store64(void *p, uint64_t v)
     __atomic_store_n((shared_u64 *)p, v, __ATOMIC_RELAXED);
 }
 
+/* Store what is not there already. Ring entries often come out as they were one turn ago (heads in sequence,
+ * length 0); a line that is not written stays in both processors' caches. A peer that changes the entry
+ * meanwhile reads its own. */
+static inline void update16(uint16_t *p, uint16_t v)
+{
+    if (load16(p) != v)
+        store16(p, v);
+}
+
+static inline void update32(void *p, uint32_t v)
+{
+    if (load32(p) != v)
+        store32(p, v);
+}
+
 /* A full barrier: the index store before it is seen before the suppression fields after it are read, and the
  * other way round on the other side. Without it both sides may miss each other and sleep
  * (split.kick.driver-1). */
@@ -132,6 +147,17 @@ static inline void cpu_relax(void)
 #else
     __asm__ volatile("" ::: "memory");
 #endif
+}
+
+/* Where the driver says which used index it wants to hear of, and the device which avail index. */
+static inline uint16_t *driver_used_event(const struct vq_driver *q)
+{
+    return q->avail + WORD_AVAIL_RING + q->mask + 1;
+}
+
+static inline uint16_t *driver_avail_event(const struct vq_driver *q)
+{
+    return q->used + WORD_USED_RING + 4 * ((size_t)q->mask + 1);
 }
 
 /* The three parts of a ring in this process. */

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 from host_qemu_side.linux_guest.launch import LinuxGuest
 from host_qemu_side.vhost_user import VhostUserBackend
 from vring.dirty import DirtyLog
@@ -43,6 +45,7 @@ class LinuxGuestHandle:
     def freeze(self) -> None:
         """Stop the guest's kernel, then hold its queues."""
         self.guest.freeze(self.serve)
+        self.check_alive()
         self.backend.hold()
 
     def thaw(self) -> None:
@@ -55,6 +58,12 @@ class LinuxGuestHandle:
         self.guest.pump()
         if self.guest.end_reason is not None:
             raise PeerVanished(f"the Linux guest is gone: {self.guest.end_reason}")
+        if not self.backend.connected:
+            # Its kernel may be ending: then that is what is to be told.
+            with contextlib.suppress(PeerVanished):
+                self.guest.alive(self.serve, 1.0)
+            reason = self.guest.end_reason or f"the connection to its device is lost: {self.backend.last_error}"
+            raise PeerVanished(f"the Linux guest is gone: {reason}")
 
     def dirty_log(self, device_log: SoftwareDirtyLog) -> tuple[DirtyLog, str | None]:
         """Return the log of what the guest and the device write, and why it is no ground for hints (None: it is).

@@ -57,6 +57,8 @@ class LinuxGuest:
         Folder for what is built; None means `workdir`.
     kernel_args
         More arguments for the guest's kernel, such as ``init_on_alloc=1``.
+    remove
+        Folders to remove as well when the guest is gone, also if this process is killed.
     watch
         Returns descriptors that `serve` looks at: a wait ends early when one of them becomes readable, so that
         requests of the guest are answered at once and not at the next tick of 2 ms.
@@ -78,6 +80,7 @@ class LinuxGuest:
         initramfs: Path | None = None,
         cache: Path | None = None,
         kernel_args: Sequence[str] = (),
+        remove: Sequence[str] = (),
         watch: Callable[[], Iterable[int]] | None = None,
     ) -> None:
         if memory_bytes < 64 << 20 or memory_bytes % (4 << 20):
@@ -93,6 +96,7 @@ class LinuxGuest:
         """How the guest ended, once it did."""
         self._vhost = None if vhost_user_socket is None else os.path.abspath(vhost_user_socket)
         self._kernel_args = tuple(kernel_args)
+        self._remove = tuple(remove)
         self._kernel = _initramfs.find_kernel()
         self._initrd = initramfs or _initramfs.build(cache or self.workdir)
         self._console: Console | None = None
@@ -141,7 +145,7 @@ class LinuxGuest:
             "argv": argv,
             "environment": {"TMPDIR": str(ram), "PATH": "/usr/bin:/bin"},
             "host": os.getpid(),
-            "remove": [str(folder) for folder in self._folders],
+            "remove": [*(str(folder) for folder in self._folders), *self._remove],
         }
         near, far = socket.socketpair()
         near.setblocking(False)
@@ -409,7 +413,8 @@ class LinuxGuest:
         """End the guest and all its processes, remove its files. May be called at any time, more than once.
 
         The keeper does the work: it is told by closing the control socket. Were the keeper itself killed, its orphans
-        are ended here, each by its pid and after a look whether it is still the same program.
+        are ended here, each by its pid and after a look whether it is still the same program. Among them are those
+        whose pid was never noted (each program the guest runs is a process here): they have the guest's RAM mapped.
         """
         if self._keeper is None:
             return
@@ -425,7 +430,7 @@ class LinuxGuest:
             self._keeper.wait()
             orderly = False
         if not orderly:
-            for pid in self._known - {self._keeper.pid}:
+            for pid in (self._known | _users_of(self._folders)) - {self._keeper.pid, os.getpid()}:
                 with contextlib.suppress(OSError):
                     if os.path.samefile(f"/proc/{pid}/exe", self._kernel):
                         os.kill(pid, signal.SIGKILL)
@@ -451,4 +456,17 @@ def _descendants(root: int) -> list[int]:
                 below = [int(word) for word in Path(f"/proc/{pid}/task/{task}/children").read_text().split()]
                 found += below
                 todo += below
+    return found
+
+
+def _users_of(folders: Sequence[Path]) -> set[int]:
+    """Return the pids of all processes that have a file of these folders mapped, which may have lost its name."""
+    inside = tuple(f" {folder}/" for folder in folders)
+    found = set()
+    for name in os.listdir("/proc"):
+        if name.isdigit():
+            with contextlib.suppress(OSError):
+                text = Path(f"/proc/{name}/maps").read_text(errors="replace")
+                if any(folder in text for folder in inside):
+                    found.add(int(name))
     return found

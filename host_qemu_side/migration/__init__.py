@@ -1,4 +1,43 @@
 """Live migration of a guest's RAM and its balloon device, in rounds, with free page hints.
 
 `Migration` sends, `Receiver` receives, `stream` is what lies between them: the same bytes on a socket and in a file.
+An emulator brings its own `Output`, `GuestControl`, `HintPort` and `vring.dirty.DirtyLog`; see
+``examples/migrate_an_emulator.py``.
 """
+
+from host_qemu_side.migration.engine import (
+    Cancelled,
+    GuestControl,
+    HintPort,
+    HintRunStats,
+    Limits,
+    Migration,
+    MigrationResult,
+    Observer,
+    Output,
+    Phase,
+    Round,
+)
+from host_qemu_side.migration.receiver import Receiver, ReceiverState
+from host_qemu_side.migration.stream import Kind, Record, StreamError, StreamReader, StreamWriter
+
+__all__ = [
+    "Cancelled",
+    "GuestControl",
+    "HintPort",
+    "HintRunStats",
+    "Kind",
+    "Limits",
+    "Migration",
+    "MigrationResult",
+    "Observer",
+    "Output",
+    "Phase",
+    "Receiver",
+    "ReceiverState",
+    "Record",
+    "Round",
+    "StreamError",
+    "StreamReader",
+    "StreamWriter",
+]

@@ -12,6 +12,8 @@ counts until the next id.
 
 from __future__ import annotations
 
+import contextlib
+import logging
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import asdict, dataclass, field
 from enum import Enum
@@ -24,7 +26,7 @@ from host_qemu_side.migration.ram import RamState
 from host_qemu_side.migration.stream import VERSION, Kind, Record, StreamError, StreamWriter
 from vring import bitmap
 from vring.dirty import DirtyLog, DirtyLogVoid, LearnsWhatWasSent
-from vring.errors import UsageError, VirtioError
+from vring.errors import PeerVanished, UsageError, VirtioError
 from vring.memory import PAGE_SIZE, GuestMemory
 
 __all__ = [
@@ -42,8 +44,7 @@ __all__ = [
 ]
 
 U64 = npt.NDArray[np.uint64]
-ANSWER_TIMEOUT = 120.0
-"""Seconds a destination may take to check what it got."""
+log = logging.getLogger(__name__)
 
 
 class Cancelled(VirtioError):
@@ -103,8 +104,8 @@ class HintPort(Protocol):
     def running(self) -> bool:
         """Whether a run is requested or started, and not yet ended by either side."""
 
-    def start(self) -> int:
-        """Issue a new command id and tell the driver; return it."""
+    def start(self) -> int | None:
+        """Issue a new command id and tell the driver; return it, None if there is no driver now that takes hints."""
 
     def stop(self) -> None:
         """End the run; the guest keeps its pages."""
@@ -142,6 +143,8 @@ class Limits:
     """Seconds the guest may be frozen, by estimate."""
     max_rounds: int = 30
     """Rounds after which the guest is frozen however much is left."""
+    answer: float = 120.0
+    """Seconds the destination may take to check what it got."""
 
 
 @dataclass(slots=True)
@@ -245,17 +248,17 @@ class Migration:
         observer: Observer | None = None,
         hand_over: bool = True,
     ) -> None:
-        if limits.bandwidth < 0 or limits.downtime < 0 or limits.max_rounds < 1:
+        if min(limits.bandwidth, limits.downtime, limits.answer) < 0 or limits.max_rounds < 1:
             raise UsageError(f"migration limits make no sense: {limits}")
         self.memory, self.log, self.output, self.guest, self.hints = memory, log, output, guest, hints
         self.limits, self.observer, self.hand_over = limits, observer, hand_over
         self.phase = Phase.SETUP
+        self.committed = False
+        """Whether the guest is the destination's, whatever came after; it never goes on here then."""
         self.result = MigrationResult()
         self.answers: list[Record] = []
         """Records the destination sent before READY, READY itself last."""
         self.frozen = False
-        self.committed = False
-        """Whether COMMIT may have been sent: from then on the guest is the destination's, whatever fails after."""
         if hints is not None and not log.hints_safe:
             self.hints, self.result.hints_refused = (
                 None,
@@ -306,12 +309,12 @@ class Migration:
         if self._script is None:
             return now
         try:
-            if self._cancel is not None and self.phase is not Phase.COMMITTED:
+            if self._cancel is not None and not self.committed:
                 raise Cancelled(self._cancel)
             return next(self._script)
         except StopIteration:
             self._script = None
-            self.phase = Phase.DONE
+            self._enter(Phase.DONE)
             return now
         except BaseException as error:
             self._script = None
@@ -335,20 +338,21 @@ class Migration:
 
     def _give_back(self, error: BaseException) -> None:
         """After a failure: whatever was begun is ended, the guest gets DONE and goes on."""
-        committed = self.phase is Phase.COMMITTED
-        self.phase = Phase.CANCELLED if isinstance(error, Cancelled) else Phase.FAILED
-        try:
-            self.log.stop()
-            if not committed:
-                if self.hints is not None:
-                    self.hints.sink = None
-                    self.hints.done()
-                if self.frozen:
-                    self._thaw()
-                self.output.send(self._writer.json(Kind.CANCEL, {"why": str(error)}))
-                self.output.flush()
-        except (VirtioError, OSError):
-            pass  # the first error is the one to tell
+        self._enter(Phase.CANCELLED if isinstance(error, Cancelled) else Phase.FAILED)
+        steps: list[Callable[[], object]] = [self.log.stop]
+        if not self.committed:
+            if self.hints is not None:
+                steps += [self._forget_hints, self.hints.done]
+            if self.frozen:
+                steps.append(self._thaw)
+            steps += [lambda: self.output.send(self._writer.json(Kind.CANCEL, {"why": str(error)})), self.output.flush]
+        for step in steps:  # each one whatever became of those before it: a log that fails must not cost the guest
+            with contextlib.suppress(VirtioError, OSError):  # the first error is the one to tell
+                step()
+
+    def _forget_hints(self) -> None:
+        if self.hints is not None:
+            self.hints.sink = None
 
     # -- the script -----------------------------------------------------------------------------------------------
 
@@ -390,13 +394,14 @@ class Migration:
     def _begin_round(self) -> None:
         """Tracking is on and synced: only now may an id be issued."""
         assert self._ram is not None
-        self.phase = Phase.ROUND
+        self._enter(Phase.ROUND)
         self._round = Round(pages_dirty=bitmap.count(self._ram.to_send), log_voided=self._round.log_voided)
         self._round_since = self._now
         self.result.rounds.append(self._round)
         self._ram.rewind()
-        if self.hints is not None:
-            self._run = HintRunStats(self.hints.start())
+        command_id = self.hints.start() if self.hints is not None else None
+        if command_id is not None:  # None too while the guest has unloaded its driver: this round does without
+            self._run = HintRunStats(command_id)
             self._run_since = self._now
             self.result.hint_runs.append(self._run)
             if self.observer is not None:
@@ -427,7 +432,7 @@ class Migration:
 
     def _between_rounds(self, next_round: int) -> Generator[float, None, bool]:
         """STOP, then sync. Return whether the last round comes next; the guest may be frozen for it already."""
-        self.phase = Phase.SYNC
+        self._enter(Phase.SYNC)
         ended = self._round
         ended.seconds = self._now - self._round_since
         if self.hints is not None:
@@ -462,7 +467,7 @@ class Migration:
             self._freeze()
             _, again = self._sync()
             voided = again or voided
-        self.phase = Phase.FROZEN
+        self._enter(Phase.FROZEN)
         self._round = Round(pages_dirty=bitmap.count(self._ram.to_send), log_voided=voided)
         self.result.rounds.append(self._round)
         if self.hints is not None:
@@ -477,18 +482,18 @@ class Migration:
     def _hand_over(self) -> Generator[float, None, float]:
         """Return the seconds the destination took for digests, which only an oracle wants."""
         extra = 0.0
-        self.phase = Phase.HANDOVER
+        self._enter(Phase.HANDOVER)
         self._queue(self._writer.json(Kind.STATE, self._state()))
         pages = self.result.pages()
         self._queue(self._writer.json(Kind.END, {"pages": pages["normal"], "zero_pages": pages["zero"]}))
         yield from self._drain()
         if self.output.two_way:
-            deadline = self._now + ANSWER_TIMEOUT
+            deadline = self._now + self.limits.answer
             while True:
                 record = self.output.answer()
                 if record is None:
                     if self._now > deadline:
-                        raise StreamError(f"the destination did not confirm within {ANSWER_TIMEOUT:g} s")
+                        raise PeerVanished(f"the destination did not confirm within {self.limits.answer:g} s")
                     yield self._now + 0.002
                     continue
                 if record.kind is Kind.REFUSED:
@@ -497,20 +502,34 @@ class Migration:
                 if record.kind is Kind.READY:
                     extra = float(record.json().get("digest_seconds", 0.0))
                     break
-        if self.hand_over:
+        if not self.hand_over:
+            self.output.finish()
+        elif self.output.two_way:
             # From the moment these bytes may have left, the guest is no longer ours.
-            self.phase, self.committed = Phase.COMMITTED, True
+            self.committed = True
+            self._enter(Phase.COMMITTED)
             self._queue(self._writer.commit())
             yield from self._drain()
-        self.output.finish()
+            self.output.finish()
+        else:
+            # Nobody reads a file before it is complete and has its name: until then (a full disk) the guest is ours.
+            self._queue(self._writer.commit())
+            yield from self._drain()
+            self.output.finish()
+            self.committed = True
+            self._enter(Phase.COMMITTED)
         return extra
 
     # -- parts ----------------------------------------------------------------------------------------------------
 
+    def _enter(self, phase: Phase) -> None:
+        self.phase = phase
+        log.info("migration phase: %s", phase.value)
+
     def _freeze(self) -> None:
         self._frozen_at = self._now
+        self.frozen = True  # also if it does not come about in time: it may yet, and must be thawed then
         self.guest.freeze()
-        self.frozen = True
 
     def _thaw(self) -> None:
         self.guest.thaw()
@@ -573,8 +592,17 @@ class Migration:
             self._next_send = max(self._next_send, self._now - 0.05) + size / self.limits.bandwidth
 
     def _drain(self) -> Generator[float, None, None]:
-        """Wait until everything is out, serving hints meanwhile."""
+        """Wait until everything is out, serving hints meanwhile, and hear whether the destination has given up."""
         while not self.output.flush():
             self._serve_hints()
             yield self._now + 0.01
+        if self.output.two_way and not self.committed:
+            self._hear()
         yield self._now
+
+    def _hear(self) -> None:
+        """See whether the destination has given up; it has nothing else to say before all has arrived."""
+        if self.phase is not Phase.HANDOVER and (record := self.output.answer()) is not None:
+            if record.kind is Kind.REFUSED:
+                raise StreamError(f"the destination refused: {record.json().get('why')}")
+            raise StreamError(f"the destination sent a {record.kind.name} record in the middle of the stream")

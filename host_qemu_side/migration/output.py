@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import io
 import os
 import socket
 from collections import deque
 from collections.abc import Sequence
 
 from host_qemu_side.migration.stream import Record, StreamReader
-from vring.errors import PeerVanished, UsageError
+from vring.errors import MissingFacility, PeerVanished, UsageError
 
 __all__ = ["FileOutput", "SocketOutput", "connect", "parse_address"]
 
@@ -78,6 +80,8 @@ class SocketOutput:
         with contextlib.suppress(OSError):
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)
         self._pending: deque[memoryview] = deque()
+        self.bytes_sent = 0
+        """What the socket took."""
         self._reader = StreamReader()
 
     def fileno(self) -> int:
@@ -108,6 +112,7 @@ class SocketOutput:
                 return False
             except OSError as error:
                 raise PeerVanished(f"the destination is gone: {error.strerror or error}{self._last_words()}") from error
+            self.bytes_sent += sent
             while sent:
                 head = self._pending[0]
                 if sent >= len(head):
@@ -160,10 +165,13 @@ class SocketOutput:
 class FileOutput:
     """Writes the stream into a file, which gets its name only when it is complete.
 
+    Until then it has none where the file system can do that (`O_TMPFILE`), so that nothing is left whatever way this
+    process ends; elsewhere it is called ``PATH.partial``.
+
     Raises
     ------
     UsageError
-        If the file cannot be made.
+        If the file cannot be made, or something that is no regular file has this name.
     """
 
     two_way = False
@@ -172,18 +180,45 @@ class FileOutput:
     def __init__(self, path: str) -> None:
         self.path = path
         self._partial = f"{path}.partial"
+        self._named = False
+        self.bytes_sent = 0
+        if os.path.lexists(path) and not os.path.isfile(path):
+            raise UsageError(f"cannot write {path}: it exists and is no regular file; choose another path")
         try:
-            self._file = open(self._partial, "wb", buffering=0)  # noqa: SIM115 - closed in close()
+            self._file = self._create()
         except OSError as error:
-            raise UsageError(f"cannot write {self._partial}: {error.strerror}") from error
+            raise UsageError(f"cannot write {path}: {error.strerror}") from error
         self._complete = False
 
+    def _create(self) -> io.FileIO:
+        folder = os.path.dirname(os.path.abspath(self.path))
+        try:
+            return io.FileIO(os.open(folder, os.O_TMPFILE | os.O_WRONLY | os.O_CLOEXEC, 0o666), "wb")
+        except OSError as error:
+            if error.errno not in (errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL):
+                raise
+        self._named = True
+        return io.FileIO(self._partial, "wb")
+
     def send(self, buffers: Sequence[bytes | memoryview]) -> None:
-        """Write."""
-        for buffer in buffers:
-            view = memoryview(buffer).cast("B")
-            while len(view):
-                view = view[self._file.write(view) :]
+        """Write.
+
+        Raises
+        ------
+        MissingFacility
+            If there is no room.
+        """
+        try:
+            for buffer in buffers:
+                view = memoryview(buffer).cast("B")
+                self.bytes_sent += len(view)
+                while len(view):
+                    view = view[self._file.write(view) :]
+        except OSError as error:
+            raise self._full(error) from error
+
+    def _full(self, error: OSError) -> MissingFacility:
+        return MissingFacility(f"cannot write {self.path}: {error.strerror}; free some space or choose another place")
 
     def flush(self) -> bool:
         """Everything is written already."""
@@ -194,14 +229,28 @@ class FileOutput:
         return None
 
     def finish(self) -> None:
-        """Make the file durable and give it its name."""
-        os.fsync(self._file.fileno())
-        os.rename(self._partial, self.path)
+        """Make the file durable and give it its name.
+
+        Raises
+        ------
+        MissingFacility
+            If that fails; there is no such file then.
+        """
+        try:
+            os.fsync(self._file.fileno())
+            if not self._named:
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(self._partial)
+                self._named = True
+                os.link(f"/proc/self/fd/{self._file.fileno()}", self._partial, follow_symlinks=True)
+            os.rename(self._partial, self.path)
+        except OSError as error:
+            raise self._full(error) from error
         self._complete = True
 
     def close(self) -> None:
         """Close; what is incomplete is removed."""
         self._file.close()
-        if not self._complete:
+        if self._named and not self._complete:
             with contextlib.suppress(OSError):
                 os.unlink(self._partial)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -63,6 +62,7 @@ class OwnGuest:
         self._holders: set[str] = set()
         self._pausing: Deferred | None = None
         self._pause_deadline = 0.0
+        self._answered = True
 
     @property
     def paused(self) -> bool:
@@ -89,21 +89,23 @@ class OwnGuest:
             return
         if not asked:
             self.guest.tell("pause")
-        try:
-            self._await("paused")
-        except PeerVanished:
-            self._holders.discard("migration")
-            self._pause_failed()
-            raise
+        self._answered = False
+        self._await("paused")
+        self._answered = True
         self._is_paused()
 
     def thaw(self) -> None:
-        """Let it go on, unless a person has stopped it."""
+        """Let it go on, unless a person has stopped it. One that did not pause in time is not waited for."""
         self._holders.discard("migration")
-        if not self._holders:
+        if self._pausing is not None:
+            self._pause_failed()
+        elif not self._holders:
             self.guest.backend.release()
             self.guest.tell("resume")
-            self._await("resumed")
+            if self._answered:
+                self._await("resumed")
+        elif not self._answered:
+            self.guest.backend.hold()
 
     def _await(self, word: str) -> None:
         """Serve everybody until the guest says `word`."""
@@ -157,16 +159,12 @@ class OwnGuest:
             self._pausing = None
 
     def _pause_failed(self) -> None:
-        """Who waits for it is told. Should it pause yet, it goes on at once, unless a person was told it is stopped."""
-        if self._pausing is not None:
-            self._holders.discard("user")
-            self._pausing.fail(QmpError(f"the guest did not pause within {PAUSE_TIMEOUT:g} s"))
-            self._pausing = None
-        if self._holders:
-            self.guest.backend.hold()
-            return
-        with contextlib.suppress(PeerVanished):
-            self.guest.tell("resume")
+        """A person who wants it paused is told; should it pause yet, it goes on at once."""
+        assert self._pausing is not None
+        self._holders.discard("user")
+        self._pausing.fail(QmpError(f"the guest did not pause within {PAUSE_TIMEOUT:g} s"))
+        self._pausing = None
+        self.guest.tell("resume")
 
     def tick(self, now: float) -> float:
         """Hear what the guest said.

@@ -1,0 +1,385 @@
+"""The commands and their options. What they do is in the other modules."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+from click.core import ParameterSource
+from rich.console import Console
+from rich.logging import RichHandler
+
+from balloon_cli import doctor as doctor_module
+from balloon_cli import report
+from balloon_cli.bench import bench
+from balloon_cli.ctl import ctl
+from balloon_cli.errors import INVARIANT, MISSING, USAGE, VANISHED, exit_code
+from balloon_cli.live import LiveProgress, make_progress
+from balloon_cli.migrate import MigrateOptions, migrate_all
+from balloon_cli.receive import ReceiveOptions, receive_guest
+from balloon_cli.serve import serve
+from balloon_dev.profiles import PROFILES, profile_named
+from guest_driver.workloads import FORMS, parse_workload
+from host_qemu_side.migration.engine import Limits
+from host_qemu_side.migration.output import parse_address
+from vring.errors import PeerVanished, UsageError, VirtioError
+from vring.sizes import format_size, parse_size
+
+if TYPE_CHECKING:
+    _SizeBase = click.ParamType[int]
+else:
+    _SizeBase = click.ParamType  # not generic before click 8.4
+
+
+__all__ = ["cli", "run"]
+
+
+class Size(_SizeBase):
+    """A size such as 4G."""
+
+    name = "size"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        """Parse it."""
+        if isinstance(value, int):
+            return value
+        try:
+            return parse_size(value)
+        except UsageError as error:
+            self.fail(str(error), param, ctx)
+
+
+SIZE = Size()
+MIN_MEMORY = 16 << 20
+
+
+@click.group(
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    epilog="""\b
+Examples:
+  balloon doctor                            what this machine can do
+  balloon migrate                           a 1 GiB guest, without and with hints
+  balloon migrate --help                    all options, more examples
+
+\b
+Exit codes: 0 success, 1 an invariant failed, 2 usage, 3 the machine lacks something,
+4 the peer broke the protocol, 5 a peer vanished, 130 interrupted.
+""",
+)
+@click.version_option(package_name="virtio-balloon", prog_name="balloon", message="%(prog)s %(version)s")
+def cli() -> None:
+    """Both halves of virtio-balloon with free page hints, and the live migration they are for.
+
+    Results go to stdout, progress to stderr. Every command has --json.
+    """
+
+
+@cli.command(
+    epilog="""\b
+Workloads (joined by '+'):
+  idle               does nothing
+  churn[:10%[@16M]]  fills all memory, then frees all but a share, in pieces of that mean size
+  writer:64M@20M     rewrites random pages of a working set, bytes per second
+  build[:64M]        allocates, writes and frees small blocks, with a page cache that grows
+
+\b
+Destinations:
+  spawn              a receiver in a process of its own (default)
+  unix:PATH          a `balloon receive unix:PATH` that listens
+  tcp:HOST:PORT      the same over TCP
+  file:PATH          a file; it is read back and judged, too
+
+\b
+Examples:
+  balloon migrate                                            without and with hints, compared
+  balloon migrate --memory 4G --bandwidth 1G --hints on
+  balloon migrate --workload churn+writer:64M@20M -v         with each round
+  balloon migrate --to file:guest.vbm --hints on             keep the stream
+  balloon migrate --memory 256M --json > result.json         progress still on stderr
+  NO_COLOR=1 balloon migrate                                 no colours
+
+The first Ctrl-C cancels and leaves the guest whole at the source, the second kills.
+Exit code 1 says that the oracle or the resumed guest found a wrong page.
+"""
+)
+@click.option(
+    "--guest",
+    type=click.Choice(["python", "linux"]),
+    default="python",
+    show_default=True,
+    help="The embedded guest in Python, or an unmodified Linux kernel (User-Mode Linux).",
+)
+@click.option("--memory", type=SIZE, default="1G", show_default=True, help="RAM of the guest, such as 512M or 4G.")
+@click.option("--workload", default="churn", show_default=True, help="What the guest does with its memory; see below.")
+@click.option(
+    "--hints",
+    type=click.Choice(["on", "off", "both"]),
+    default="both",
+    show_default=True,
+    help="With free page hints, without, or both after one another, with two guests (to a socket: on, if not given).",
+)
+@click.option("--to", default="spawn", show_default=True, metavar="DESTINATION", help="Where to; see below.")
+@click.option("--bandwidth", type=SIZE, default="128M", show_default=True, help="Bytes per second, 0 for no limit.")
+@click.option(
+    "--downtime-limit",
+    type=click.FloatRange(0),
+    default=0.3,
+    show_default=True,
+    metavar="SECONDS",
+    help="Freeze the guest when what is left can be sent in this time.",
+)
+@click.option(
+    "--max-rounds",
+    type=click.IntRange(1),
+    default=30,
+    show_default=True,
+    metavar="N",
+    help="Freeze the guest after so many rounds however much is left.",
+)
+@click.option(
+    "--warm-up",
+    type=click.FloatRange(0),
+    default=1.0,
+    show_default=True,
+    metavar="SECONDS",
+    help="Let the workload run before the migration begins.",
+)
+@click.option(
+    "--free-at",
+    type=click.Choice(["done", "stop"]),
+    default="done",
+    show_default=True,
+    help="When the guest frees its hinted pages: 'stop' breaks the rule, to see what it costs.",
+)
+@click.option(
+    "--dirty-log",
+    type=click.Choice(["auto", "wp-async", "software", "cachestat"]),
+    default="auto",
+    show_default=True,
+    help="How written pages are found; see `balloon doctor`.",
+)
+@click.option(
+    "--profile",
+    type=click.Choice(sorted(PROFILES)),
+    default="spec",
+    show_default=True,
+    help="Whose reading of the standard the device follows.",
+)
+@click.option(
+    "--work-dir",
+    default="",
+    metavar="FOLDER",
+    help="For the Linux guest's RAM file: a folder on ext4 or xfs. Default: one in /var/tmp.",
+)
+@click.option("--seed", type=int, default=1, show_default=True, help="Of the guest's contents and choices.")
+@click.option(
+    "--batch",
+    type=click.IntRange(1, 1024),
+    default=64,
+    show_default=True,
+    metavar="N",
+    help="Blocks the guest hints at a time.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print the result as one JSON object on stdout.")
+@click.option("-v", "--verbose", count=True, help="Show each round; twice: log everything.")
+@click.pass_context
+def migrate(ctx: click.Context, /, **options: Any) -> None:
+    """Migrate a running guest live, with and without free page hints.
+
+    A guest boots in a process of its own and runs a workload; then its memory is sent in rounds while it runs, and
+    another process goes on with it. An oracle that shares nothing with the migration compares every page.
+    """
+    as_json, verbose = options.pop("as_json"), options.pop("verbose")
+    _check_values(ctx, options)
+    console = Console(stderr=True)
+    title = f"{format_size(options['memory'])} {options['guest']} guest, {options['workload']}, seed {options['seed']}"
+    progress = make_progress(title, console, verbose=verbose)
+    _set_up_logging(verbose, console if isinstance(progress, LiveProgress) else None)
+    limits = Limits(float(options.pop("bandwidth")), options.pop("downtime_limit"), options.pop("max_rounds"))
+    profile = profile_named(options.pop("profile"))
+    result = migrate_all(MigrateOptions(limits=limits, profile=profile, verbose=verbose > 0, **options), progress)
+    if as_json:
+        click.echo(json.dumps(result))
+    else:
+        report.print_migration(result, Console(), verbose=verbose)
+    _fail_if(report.findings(result))
+
+
+def _check_values(ctx: click.Context, options: dict[str, Any]) -> None:
+    """Refuse what cannot work before anything is started."""
+    if options["memory"] < MIN_MEMORY:
+        raise click.BadParameter(f"{format_size(options['memory'])} is too little, at least 16M", param_hint="--memory")
+    if options["guest"] == "python":
+        try:
+            parse_workload(options["workload"])
+        except UsageError as error:
+            text = str(error) if FORMS in str(error) else f"{error}; valid are: {FORMS}"
+            raise click.BadParameter(text, param_hint="--workload") from error
+        if options["dirty_log"] == "cachestat":
+            raise click.BadParameter("cachestat is for --guest linux", param_hint="--dirty-log")
+    if options["to"] == "spawn":
+        return
+    try:
+        kind, rest = parse_address(options["to"])
+    except UsageError as error:
+        raise click.BadParameter(f"{error}, or spawn", param_hint="--to") from error
+    if kind == "file" and not os.access(Path(rest).parent, os.W_OK):
+        raise click.BadParameter(f"cannot write {rest}: no such folder, or no permission", param_hint="--to")
+    if kind != "file" and options["hints"] == "both":
+        if ctx.get_parameter_source("hints") is ParameterSource.COMMANDLINE:
+            raise click.BadParameter(
+                "both are two guests and a receiver takes one: choose on or off with --to a socket",
+                param_hint="--hints",
+            )
+        options["hints"] = "on"
+
+
+def _set_up_logging(verbose: int, console: Console | None) -> None:
+    handler: logging.Handler = logging.StreamHandler()
+    if console is not None:
+        handler = RichHandler(console=console, show_time=False, show_path=False)
+    level = logging.DEBUG if verbose > 1 else logging.WARNING
+    logging.basicConfig(level=level, format="%(name)s: %(message)s", handlers=[handler])
+
+
+def _fail_if(found: list[str]) -> None:
+    for line in found:
+        print(f"balloon: {line}", file=sys.stderr)
+    if found:
+        sys.exit(INVARIANT)
+
+
+@cli.command(
+    epilog="""\b
+Addresses:
+  unix:PATH      listen on a unix socket; a left-over socket that nobody serves is removed
+  tcp:HOST:PORT  listen on TCP; port 0 takes a free one and says which
+  file:PATH      read a file that `balloon migrate --to file:PATH` wrote
+
+\b
+Examples:
+  balloon receive unix:/tmp/balloon.sock           then: balloon migrate --to unix:/tmp/balloon.sock
+  balloon receive tcp:0.0.0.0:4444 --keep          keep the guest running until Ctrl-C
+  balloon receive file:guest.vbm --no-resume       only check that the file is whole
+  balloon receive file:guest.vbm --json
+
+The stream is neither encrypted nor authenticated: listen where you trust who can connect.
+"""
+)
+@click.argument("address")
+@click.option("--keep", is_flag=True, help="After the checks keep the guest running until Ctrl-C.")
+@click.option(
+    "--no-resume",
+    is_flag=True,
+    help="Check the stream, do not go on with the guest. (From a socket this ends the guest: the source let go of it.)",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print the result as one JSON object on stdout.")
+@click.option("-q", "--quiet", is_flag=True, help="Nothing on stderr but errors; without --json no result either.")
+@click.option("-v", "--verbose", count=True, help="Log more.")
+@click.option("--die-with-parent", is_flag=True, hidden=True)
+@click.option("--digests", "digests_fd", type=int, default=-1, hidden=True)
+def receive(
+    address: str,
+    keep: bool,
+    no_resume: bool,
+    as_json: bool,
+    quiet: bool,
+    verbose: int,
+    die_with_parent: bool,
+    digests_fd: int,
+) -> None:
+    """Receive a guest, check every page it has allocated, and go on with it.
+
+    ADDRESS is unix:PATH, tcp:HOST:PORT or file:PATH. One guest is received, then the command ends.
+    """
+    try:
+        parse_address(address)
+    except UsageError as error:
+        raise click.BadParameter(str(error), param_hint="ADDRESS") from error
+    if keep and no_resume:
+        raise click.UsageError("--keep and --no-resume exclude each other")
+    _set_up_logging(verbose, None)
+
+    def say(text: str) -> None:
+        if not quiet:
+            print(f"balloon: {text}", file=sys.stderr, flush=True)
+
+    options = ReceiveOptions(address, not no_resume, keep, digests_fd, die_with_parent)
+    try:
+        facts = receive_guest(options, say)
+    except PeerVanished:
+        if die_with_parent and address.startswith("fd:"):
+            sys.exit(VANISHED)  # the source started this process: it knows, and says so
+        raise
+    if as_json:
+        click.echo(json.dumps(facts))
+    elif not quiet:
+        report.print_reception(facts, Console())
+    _fail_if(report.resumed_findings(facts["resumed"]))
+
+
+@cli.command(
+    epilog="""\b
+Examples:
+  balloon doctor
+  balloon doctor --work-dir ~/guests --json
+"""
+)
+@click.option(
+    "--work-dir",
+    type=click.Path(path_type=Path),
+    default=Path("/var/tmp"),
+    show_default=True,
+    help="Where the memory files of Linux guests would lie.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print the findings as one JSON object on stdout.")
+def doctor(work_dir: Path, as_json: bool) -> None:
+    """Say what this machine can do, and what to install for the rest.
+
+    Exit code 0 if an embedded Python guest can be migrated with hints, 3 if not even that.
+    """
+    found = doctor_module.examine(work_dir)
+    if as_json:
+        click.echo(json.dumps(found))
+    else:
+        doctor_module.print_findings(found, Console())
+    if not found["usable"]:
+        sys.exit(MISSING)
+
+
+cli.add_command(bench)
+cli.add_command(serve)
+cli.add_command(ctl)
+
+
+def run(arguments: list[str] | None = None) -> int:
+    """Run a command; errors become one line on stderr. Return the exit code."""
+    try:
+        # Without standalone mode click returns the code of `ctx.exit`, as --help and --version call it.
+        return int(cli.main(args=arguments, prog_name="balloon", standalone_mode=False) or 0)
+    except click.ClickException as error:
+        return _usage(error)
+    except click.Abort:  # what click makes of KeyboardInterrupt
+        raise KeyboardInterrupt from None
+    except BrokenPipeError:
+        sys.stdout = None  # who read the result has gone; nothing more to say
+        return 0
+    except (VirtioError, OSError) as error:
+        print(f"balloon: {error}", file=sys.stderr)
+        return exit_code(error)
+
+
+def _usage(error: click.ClickException) -> int:
+    """Say what is wrong in one line; without arguments, click's help is the message."""
+    context = getattr(error, "ctx", None)
+    if isinstance(error, click.UsageError) and type(error).__name__ == "NoArgsIsHelpError":
+        error.show()
+    else:
+        command = context.command_path if context is not None else "balloon"
+        print(f"{command}: {error.format_message()} (see {command} --help)", file=sys.stderr)
+    return USAGE

@@ -1,0 +1,165 @@
+"""`balloon`, with one thing that dies at a named moment: a program for tests to run.
+
+``python kill_program.py WHEN WHAT balloon-arguments...`` runs the command line as a user does, and at WHEN (a phase of
+the migration, or ``boot``, ``hello``, ``resuming``) it does WHAT from inside, so that nothing depends on timing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from balloon_cli import __main__ as program
+from balloon_cli import migrate, migrate_linux
+from host_qemu_side import source
+from host_qemu_side.migration.engine import Migration, Phase
+
+
+class World:
+    """What there is to kill."""
+
+    guest: Any = None
+    host: Any = None
+    receiver: Any = None
+    output: Any = None
+    done = False
+
+
+def shut(sock: socket.socket, how: int) -> None:
+    with contextlib.suppress(OSError):
+        sock.shutdown(how)
+
+
+def interrupt_later(seconds: float) -> None:
+    threading.Timer(seconds, lambda: os.kill(os.getpid(), signal.SIGINT)).start()
+
+
+def interrupt_stopped_receiver() -> None:
+    os.kill(World.receiver.pid, signal.SIGSTOP)
+    interrupt_later(0.7)
+
+
+def twice() -> None:
+    os.kill(os.getpid(), signal.SIGINT)
+    os.kill(os.getpid(), signal.SIGINT)
+
+
+def close_device_in_loop() -> None:
+    """As after a message that makes no sense: while the loop serves the socket, never in the middle of a step."""
+    loop, backend = World.host.loop, World.host.backend
+    serve = loop.run_once
+
+    def once(timeout: float = 0.0) -> None:
+        loop.run_once = serve
+        serve(0.0)
+        backend._disconnect("the test closed it")
+
+    loop.run_once = once
+
+
+def keeper_of(linux: Any) -> int:
+    return int(linux._keeper.pid)
+
+
+ACTIONS: dict[str, Callable[[], object]] = {
+    "kill-guest": lambda: os.kill(World.guest.pid, signal.SIGKILL),
+    "kill-keeper": lambda: os.kill(keeper_of(World.guest), signal.SIGKILL),
+    "kill-receiver": lambda: os.kill(World.receiver.pid, signal.SIGKILL),
+    "kill-source": lambda: os.kill(os.getpid(), signal.SIGKILL),
+    "ctrl-c": lambda: os.kill(os.getpid(), signal.SIGINT),
+    "ctrl-c-twice": twice,
+    "sigterm": lambda: os.kill(os.getpid(), signal.SIGTERM),
+    "device-closed-by-guest": lambda: shut(World.host.backend._socket, socket.SHUT_RD),
+    "device-closed-by-host": close_device_in_loop,
+    "control-closed-by-guest": lambda: shut(World.guest._control, socket.SHUT_RD),
+    "control-closed-by-host": lambda: shut(World.guest._control, socket.SHUT_WR),
+    "stream-closed-by-receiver": lambda: shut(World.output._socket, socket.SHUT_RDWR),
+    "stream-closed-by-source": lambda: shut(World.output._socket, socket.SHUT_WR),
+    "stopped-receiver-then-ctrl-c": interrupt_stopped_receiver,
+}
+
+
+def main() -> None:
+    when, what, *arguments = sys.argv[1:]
+
+    def act() -> None:
+        if not World.done:
+            World.done = True
+            ACTIONS[what]()
+
+    def noting(cls: type, name: str) -> type:
+        class Noted(cls):  # type: ignore[misc,valid-type]
+            def __init__(self, *args: Any, **kwargs: Any) -> None:
+                setattr(World, name, self)
+                super().__init__(*args, **kwargs)
+
+        Noted.__name__ = cls.__name__
+        return Noted
+
+    for module in (migrate, migrate_linux):
+        for kind, name in (("PythonGuest", "guest"), ("LinuxGuest", "guest"), ("SourceHost", "host")):
+            if hasattr(module, kind):
+                setattr(module, kind, noting(getattr(module, kind), name))
+    spawn = migrate.spawn_receiver
+
+    @contextlib.contextmanager
+    def spawn_receiver(*args: str) -> Iterator[Any]:
+        with spawn(*args) as (output, process):
+            World.output, World.receiver = output, process
+            yield output, process
+
+    migrate.spawn_receiver = spawn_receiver  # type: ignore[assignment]
+
+    def before(cls: type, method: str, moment: str) -> None:
+        original = getattr(cls, method)
+
+        @functools.wraps(original)
+        def wrapped(self: Any, *args: Any, **kwargs: Any) -> Any:
+            if when == moment:
+                act()
+            return original(self, *args, **kwargs)
+
+        setattr(cls, method, wrapped)
+
+    before(source.SourceHost, "_wait_hello", "hello")
+    before(source.SourceHost, "_wait_report", "resuming")
+    before(Migration, "_setup", "setup")
+    for guest in filter(None, (getattr(migrate, "PythonGuest", None), getattr(migrate_linux, "LinuxGuest", None))):
+        original_wait = guest.wait_ready
+
+        def wait_ready(self: Any, *args: Any, original: Any = original_wait, **kwargs: Any) -> Any:
+            if when == "boot" and hasattr(self, "wait_for"):
+                self.wait_for("hello", 30.0)
+                act()
+                return self.wait_for("ready", 30.0)
+            if when == "boot":
+                act()
+            return original(self, *args, **kwargs)
+
+        guest.wait_ready = wait_ready
+    enter, step = Migration._enter, Migration.step
+
+    def entering(self: Migration, phase: Phase) -> None:
+        enter(self, phase)
+        if phase.value == when and phase is not Phase.ROUND:
+            act()
+
+    def stepping(self: Migration, now: float) -> float:
+        # In the middle of a round: something was sent, and the guest holds pages for hints.
+        if when == "round" and self.phase is Phase.ROUND and self.current_round.bytes_sent > 1 << 20:
+            act()
+        return step(self, now)
+
+    Migration._enter, Migration.step = entering, stepping  # type: ignore[method-assign]
+    program.main(arguments)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,582 @@
+"""The command line: what it prints where, its exit codes, its JSON, and that nothing is left behind."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import pty
+import re
+import select
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import termios
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+from balloon_cli.commands import cli
+from balloon_cli.live import CELLS, FREE, HINTED, SENT, SOME, TO_SEND, RamMap
+from balloon_cli.report import findings
+from host_qemu_side.migration.ram import RamState
+from vring import bitmap
+from vring.memory import PAGE_SIZE, GuestMemory
+
+BALLOON = [sys.executable, "-m", "balloon_cli"]
+MIGRATE = [*BALLOON, "migrate", "--memory", "64M", "--warm-up", "0"]
+NUMBER = (int, float)
+
+RUN = {
+    "hints": bool,
+    "hints_refused": (str, type(None)),
+    "total_seconds": NUMBER,
+    "downtime_seconds": NUMBER,
+    "oracle_seconds": NUMBER,
+    "bytes_sent": int,
+    "converged": bool,
+    "pages": dict,
+    "rounds": list,
+    "hint_runs": list,
+    "nonzero_pages_at_start": int,
+    "nonzero_pages_outside_hints": int,
+    "pages_rewritten": int,
+    "guest_at_pause": dict,
+    "oracle": dict,
+    "resumed": dict,
+    "dirty_log": str,
+}
+RESULT = {
+    "schema_version": int,
+    "guest": str,
+    "memory_bytes": int,
+    "workload": str,
+    "seed": int,
+    "profile": str,
+    "free_at": str,
+    "to": str,
+    "batch": int,
+    "warm_up_seconds": NUMBER,
+    "bandwidth_bytes_per_second": NUMBER,
+    "downtime_limit_seconds": NUMBER,
+    "max_rounds": int,
+    "runs": list,
+    "ratio": (dict, type(None)),
+}
+ROUND = {
+    "bytes_sent": int,
+    "pages_dirty": int,
+    "pages_normal": int,
+    "pages_zero": int,
+    "pages_skipped": int,
+    "seconds": NUMBER,
+    "frozen_seconds": NUMBER,
+    "log_voided": (str, type(None)),
+}
+HINT_RUN = {"command_id": int, "blocks": int, "bytes": int, "pages_spared": int, "seconds": NUMBER}
+ORACLE = {"pages_checked": int, "pages_wrong": int, "pages_skipped": int, "wrong": list}
+RESUMED = {
+    "pages_checked": int,
+    "pages_wrong": int,
+    "allocated_pages": int,
+    "hinted_pages_after_done": int,
+    "hint_run": dict,
+    "pages_checked_again": int,
+    "pages_wrong_again": int,
+    "pages_written_since": int,
+    "hinted_pages_left": int,
+}
+RECEIVED = {
+    "schema_version": int,
+    "from": str,
+    "state": str,
+    "guest": str,
+    "memory_bytes": int,
+    "pages_received": int,
+    "zero_pages_received": int,
+    "rounds": int,
+    "resumed": (dict, type(None)),
+}
+
+
+def has_schema(value: dict[str, Any], schema: dict[str, Any]) -> None:
+    assert set(value) == set(schema)
+    for key, kind in schema.items():
+        assert isinstance(value[key], kind), key
+
+
+def run(*arguments: str, timeout: float = 60, **more: Any) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([*BALLOON, *arguments], capture_output=True, text=True, timeout=timeout, **more)
+
+
+def descendants(pid: int) -> set[int]:
+    """Return all processes below `pid`, from /proc."""
+    parents = {}
+    for entry in os.listdir("/proc"):
+        if entry.isdigit():
+            try:
+                parents[int(entry)] = int(Path(f"/proc/{entry}/stat").read_text().rpartition(")")[2].split()[1])
+            except OSError:
+                continue
+    found, size = {pid}, 0
+    while size != len(found):
+        size = len(found)
+        found |= {child for child, parent in parents.items() if parent in found}
+    return found - {pid}
+
+
+def all_gone(pids: set[int], seconds: float = 5.0) -> bool:
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if not any(os.path.exists(f"/proc/{pid}") for pid in pids):
+            return True
+        time.sleep(0.05)
+    return False
+
+
+@pytest.fixture(scope="module")
+def stream(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, dict[str, Any], str]]:
+    """A migration into a file: its path, the result, and what was said on stderr."""
+    path = tmp_path_factory.mktemp("stream") / "guest.vbm"
+    done = subprocess.run(
+        [*MIGRATE, "--hints", "on", "--to", f"file:{path}", "--json"], capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0, done.stderr
+    yield path, json.loads(done.stdout), done.stderr
+    path.unlink()
+
+
+# -- migrate ----------------------------------------------------------------------------------------------------------
+
+
+def test_json_of_migrate_has_the_documented_fields() -> None:
+    done = run("migrate", "--memory", "256M", "--workload", "churn", "--seed", "7", "--warm-up", "0.1", "--json")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("\n") == 1
+    result = json.loads(done.stdout)
+    has_schema(result, RESULT)
+    assert (result["schema_version"], result["memory_bytes"], result["seed"]) == (1, 256 << 20, 7)
+    assert [r["hints"] for r in result["runs"]] == [False, True]
+    has_schema(result["ratio"], {"bytes": float, "seconds": float})
+    for one in result["runs"]:
+        has_schema(one, RUN)
+        has_schema(one["pages"], {"normal": int, "zero": int, "skipped": int})
+        for r in one["rounds"]:
+            has_schema(r, ROUND)
+        for h in one["hint_runs"]:
+            has_schema(h, HINT_RUN)
+        has_schema(one["oracle"], ORACLE)
+        has_schema(one["resumed"], RESUMED)
+        has_schema(one["resumed"]["hint_run"], {"command_id": int, "blocks": int, "seconds": NUMBER})
+        assert sum(r["bytes_sent"] for r in one["rounds"]) <= one["bytes_sent"]
+        assert one["oracle"]["pages_checked"] == 65536
+    off, on = result["runs"]
+    assert not off["hint_runs"]
+    assert on["hint_runs"][0]["blocks"] > 40
+    assert result["ratio"]["bytes"] == on["bytes_sent"] / off["bytes_sent"] < 0.3
+    # Every option the JSON names is in the reference, and so is every field.
+    text = (Path(__file__).parents[1] / "docs" / "cli.md").read_text()
+    for schema in (RESULT, RUN, ROUND, HINT_RUN, ORACLE, RESUMED, RECEIVED):
+        for key in schema:
+            assert f"`{key}`" in text, f"docs/cli.md does not explain {key}"
+
+
+def test_every_option_is_in_the_reference() -> None:
+    text = (Path(__file__).parents[1] / "docs" / "cli.md").read_text()
+    for name, command in cli.commands.items():
+        assert f"balloon {name}" in text
+        for option in command.params:
+            if not getattr(option, "hidden", False):
+                for spelled in option.opts:
+                    assert f"{spelled}" in text, f"balloon {name} {spelled}"
+
+
+def test_without_a_terminal_progress_is_plain_lines_on_stderr_and_the_table_is_on_stdout() -> None:
+    done = subprocess.run([*MIGRATE, "--hints", "on", "-v"], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert "\x1b" not in done.stdout + done.stderr
+    lines = done.stderr.splitlines()
+    assert all(line.startswith("balloon: ") for line in lines)
+    for what in ("guest boots", "round 1: ", "hint run 0x80000001: ", "guest frozen", "handed over"):
+        assert sum(what in line for line in lines) == 1, what
+    for what in ("seed 1", "with hints", "downtime", "pages spared", "oracle, with hints: good", "resumed guest: good"):
+        assert what in done.stdout, what
+    assert "without hints" not in done.stdout
+
+
+def in_terminal(*arguments: str, **environment: str) -> tuple[bytes, int, list[Any], list[Any]]:
+    """Run in a pseudo-terminal of 100 by 40; return what it wrote, its exit code, and termios before and after."""
+    master, slave = pty.openpty()
+    fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 100, 0, 0))
+    before = termios.tcgetattr(slave)
+    names = {"NO_COLOR", "FORCE_COLOR", "COLUMNS", "LINES", "CI", "TTY_COMPATIBLE", "TTY_INTERACTIVE"}
+    env = {k: v for k, v in os.environ.items() if k not in names}
+    env |= {"TERM": "xterm-256color", "LC_ALL": "C.UTF-8", **environment}
+    process = subprocess.Popen(arguments, stdin=slave, stdout=slave, stderr=slave, env=env)
+    data, deadline = b"", time.monotonic() + 60
+    while time.monotonic() < deadline:
+        if select.select([master], [], [], 0.1)[0]:
+            data += os.read(master, 1 << 16)
+        elif process.poll() is not None:
+            break
+    process.kill()
+    code = process.wait()
+    after = termios.tcgetattr(slave)
+    os.close(master)
+    os.close(slave)
+    return data, code, before, after
+
+
+@pytest.mark.parametrize("colour", [True, False])
+def test_a_terminal_shows_frames_with_a_map_and_is_left_as_it_was(colour: bool) -> None:
+    command = [*MIGRATE, "--hints", "on", "--bandwidth", "8M"]
+    data, code, before, after = in_terminal(*command, **({} if colour else {"NO_COLOR": "1"}))
+    text = data.decode()
+    assert code == 0, text
+    assert after == before
+    assert text.rfind("\x1b[?25h") > text.rfind("\x1b[?25l"), "the cursor is visible"
+    assert text.count("/cell") >= 3, "frames"
+    assert text.count("/cell") < 60, "no more than about eight per second"
+    assert bool(re.search(r"\x1b\[[0-9;]*3[0-9]", text)) is colour
+    for kind in CELLS:
+        assert kind[0] in text
+    for what in ("hint run 0x80000001", "round 1", "left", "/s", "sent"):
+        assert what in text
+    assert "oracle, with hints: good" in re.sub(r"\x1b\[[0-9;]*m", "", text)
+
+
+def test_map_of_ram_shows_what_is_in_the_bitmaps() -> None:
+    with GuestMemory.create([(0, 1 << 20), (4 << 20, 1 << 20)]) as memory:
+        memory.write(0, b"\x01" * (1 << 20))
+        ram = RamState(memory)
+        shown = RamMap(ram, 8)
+        assert shown.chunk_bytes == 256 << 10
+        assert shown.cells().tolist() == [TO_SEND] * 4 + [FREE] * 4
+        ram.hint(np.array([256 << 10], np.uint64), np.array([256 << 10], np.uint64))
+        bitmap.clear_run(ram.to_send, 128, 64)
+        bitmap.clear_run(ram.to_send, 192, 60)
+        assert shown.cells().tolist() == [TO_SEND, HINTED, SENT, SOME] + [FREE] * 4
+        assert shown.pages == [256, 64, 124, 68]
+        assert RamMap(ram, 1).chunk_bytes >= 2 << 20
+        assert sum(shown.pages) * PAGE_SIZE == memory.size
+
+
+def test_what_is_wrong_makes_exit_code_1_and_is_named(stream: tuple[Path, dict[str, Any], str]) -> None:
+    assert findings(stream[1]) == []
+    bad = json.loads(json.dumps(stream[1]))
+    bad["runs"][0]["oracle"] |= {"pages_wrong": 2, "wrong": ["page 0x1: differs"]}
+    bad["runs"][0]["resumed"] |= {"pages_wrong_again": 3, "hinted_pages_left": 1024}
+    found = "\n".join(findings(bad))
+    for what in ("2 of", "page 0x1", "3 of", "1,024 hinted"):
+        assert what in found
+
+
+# -- wrong use --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["migrate", "--workload", "nonsense"], "churn[:SHARE%"),
+        (["migrate", "--workload", "writer:64M"], "writer:256M@50M"),
+        (["migrate", "--memory", "3X"], "512M"),
+        (["migrate", "--memory", "1M"], "at least 16M"),
+        (["migrate", "--to", "nowhere"], "unix:PATH"),
+        (["migrate", "--to", "tcp:host"], "tcp:HOST:PORT"),
+        (["migrate", "--to", "unix:/tmp/x", "--hints", "both"], "choose on or off"),
+        (["migrate", "--to", "file:/nonexistent/x", "--memory", "16M", "--warm-up", "0"], "/nonexistent/x"),
+        (["migrate", "--profile", "windows"], "'spec'"),
+        (["migrate", "--max-rounds", "0"], "--max-rounds"),
+        (["migrate", "--dirty-log", "cachestat"], "--guest linux"),
+        (["migrate", "--nonsense"], "--nonsense"),
+        (["receive", "nowhere"], "unix:PATH"),
+        (["receive", "file:/nonexistent"], "/nonexistent: No such file"),
+        (["receive", "unix:/nonexistent/x"], "No such file"),
+        (["receive", "file:x", "--keep", "--no-resume"], "--keep"),
+        (["nonsense"], "nonsense"),
+    ],
+)
+def test_wrong_use_is_one_line_and_exit_code_2(
+    arguments: list[str], says: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    from balloon_cli.__main__ import main
+
+    with pytest.raises(SystemExit) as stopped:
+        main(arguments)
+    out, err = capfd.readouterr()
+    assert stopped.value.code == 2, err
+    assert not out
+    assert says in err
+    assert err.startswith("balloon")
+    assert "Traceback" not in err
+    assert err.count("\n") == 1
+
+
+def test_help_and_version() -> None:
+    assert re.fullmatch(r"balloon \d+\.\d+\.\d+\n", run("--version").stdout)
+    for command in ("migrate", "receive", "doctor", "bench"):
+        shown = CliRunner().invoke(cli, [command, "--help"])
+        assert shown.exit_code == 0
+        assert "Examples:" in shown.output or command == "bench"
+    assert run().returncode == 2
+
+
+# -- files ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_file_is_judged_as_a_socket_is(stream: tuple[Path, dict[str, Any], str]) -> None:
+    path, result, said = stream
+    only = result["runs"][0]
+    has_schema(only, RUN)
+    has_schema(only["oracle"], ORACLE)
+    has_schema(only["resumed"], RESUMED)
+    assert only["oracle"]["pages_checked"] == 16384
+    assert only["oracle"]["pages_skipped"] > 0
+    assert only["oracle"]["pages_wrong"] == 0
+    assert "reads the file back" in said
+    done = run("receive", f"file:{path}", "--json")
+    assert done.returncode == 0, done.stderr
+    received = json.loads(done.stdout)
+    has_schema(received, RECEIVED)
+    has_schema(received["resumed"], RESUMED)
+    assert received["state"] == "committed"
+    assert received["pages_received"] == only["pages"]["normal"]
+
+
+def test_verdict_of_a_file_sees_a_page_that_is_not_the_sources(tmp_path: Path) -> None:
+    """The file's verdict comes from the file: a well-formed stream with another guest's memory is red."""
+    script = f"""
+import sys
+from balloon_cli import migrate as m, read_back
+real = m.read_back
+def other(path, tick):
+    digests, facts = real(path, tick)
+    digests = digests.copy(); digests[digests.nonzero()[0][:3]] ^= 1
+    return digests, facts
+m.read_back = other
+from balloon_cli.__main__ import main
+main(["migrate", "--memory", "32M", "--warm-up", "0", "--hints", "off", "--to", "file:{tmp_path}/f"])
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1
+    assert "WRONG: 3 of" in done.stdout
+    assert "3 of 8,192 pages are wrong" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("damage", "code", "says"),
+    [
+        (lambda d: d[:0], 5, "before the first record"),
+        (lambda d: d[:5], 5, "before the first record"),
+        (lambda d: d[: len(d) // 2], 5, "cut off after record"),
+        (lambda d: d[:-1], 5, "cut off after record"),
+        (lambda d: d[:3] + b"?" + d[4:], 4, "not a migration stream"),
+        (lambda d: d[:12] + b"?" + d[13:], 4, "damaged"),
+        (lambda d: d[: len(d) // 2] + bytes([d[len(d) // 2] ^ 1]) + d[len(d) // 2 + 1 :], 4, "checksum of record"),
+        (lambda d: b"root:x:0:0:root:/root:/bin/bash\n" * 9, 4, "is it a file that `balloon migrate"),
+    ],
+)
+def test_a_damaged_file_is_refused_in_one_line(
+    stream: tuple[Path, dict[str, Any], str],
+    tmp_path: Path,
+    damage: Any,
+    code: int,
+    says: str,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    from balloon_cli.__main__ import main
+
+    path = tmp_path / "damaged.vbm"
+    path.write_bytes(damage(stream[0].read_bytes()))
+    with pytest.raises(SystemExit) as stopped:
+        main(["receive", "-q", f"file:{path}"])
+    out, err = capfd.readouterr()
+    assert stopped.value.code == code, err
+    assert err.startswith(f"balloon: {path}: ")
+    assert says in err
+    assert "balloon migrate" in err, "what to do"
+    assert err.count("\n") == 1
+    assert not out
+
+
+# -- sockets ----------------------------------------------------------------------------------------------------------
+
+
+def receiver(*arguments: str) -> tuple[subprocess.Popen[str], str]:
+    """Start a receiver; return it and the address it says."""
+    process = subprocess.Popen(
+        [*BALLOON, "receive", *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stderr is not None
+    line = process.stderr.readline()
+    found = re.search(r"waiting for a migration at (\S+)", line)
+    assert found, line
+    return process, found[1]
+
+
+@pytest.mark.parametrize("kind", ["unix", "tcp"])
+def test_receive_on_a_socket(kind: str, tmp_path: Path) -> None:
+    if kind == "unix":
+        left_over = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        left_over.bind(str(tmp_path / "s"))
+        left_over.close()  # the name stays, nobody serves it
+    process, address = receiver(f"unix:{tmp_path}/s" if kind == "unix" else "tcp:127.0.0.1:0", "--json")
+    done = subprocess.run([*MIGRATE, "--to", address, "--json"], capture_output=True, text=True, timeout=60)
+    out, err = process.communicate(timeout=30)
+    assert done.returncode == 0, done.stderr
+    assert process.returncode == 0, err
+    received, result = json.loads(out), json.loads(done.stdout)
+    assert [r["hints"] for r in result["runs"]] == [True], "a socket takes one guest: with hints, if nothing is said"
+    assert result["runs"][0]["oracle"]["pages_wrong"] == 0
+    assert result["runs"][0]["resumed"] == received["resumed"]
+    assert not (tmp_path / "s").exists()
+
+
+def test_two_receivers_do_not_share_a_socket_and_a_file_is_not_removed(tmp_path: Path) -> None:
+    path = tmp_path / "s"
+    process, address = receiver(f"unix:{path}")
+    second = run("receive", address)
+    assert second.returncode == 2
+    assert "another process listens there" in second.stderr
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=5)
+    assert process.returncode == 130
+    assert "Traceback" not in err
+    assert not path.exists()
+    path.write_text("precious")
+    assert "is no socket" in run("receive", f"unix:{path}").stderr
+    assert path.read_text() == "precious"
+
+
+def test_keep_runs_until_ctrl_c_and_ends_well(stream: tuple[Path, dict[str, Any], str]) -> None:
+    process = subprocess.Popen(
+        [*BALLOON, "receive", f"file:{stream[0]}", "--keep", "--json"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stderr is not None
+    while "runs on; Ctrl-C" not in (line := process.stderr.readline()):
+        assert line, process.poll()
+    children = descendants(process.pid)
+    assert children, "the guest runs"
+    assert process.poll() is None
+    began = time.monotonic()
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=10)
+    assert time.monotonic() - began < 5
+    assert process.returncode == 0, err
+    assert json.loads(out)["resumed"]["pages_wrong"] == 0
+    assert all_gone(children)
+
+
+def test_a_source_that_vanishes_and_a_stranger_are_told_apart(tmp_path: Path) -> None:
+    for data, code in ((b"", 5), (b"GET / HTTP/1.1\r\n\r\n", 4)):
+        process, address = receiver(f"unix:{tmp_path}/s")
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as peer:
+            peer.connect(address.removeprefix("unix:"))
+            peer.sendall(data)
+            peer.shutdown(socket.SHUT_WR)
+            _, err = process.communicate(timeout=10)
+        assert process.returncode == code, err
+        assert "Traceback" not in err
+        assert err.count("\n") == 1
+
+
+def test_no_destination_is_exit_code_5_and_the_guest_goes_on(tmp_path: Path) -> None:
+    done = subprocess.run([*MIGRATE, "--to", f"unix:{tmp_path}/none"], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 5
+    assert "start `balloon receive" in done.stderr
+    assert "guest goes on" in done.stderr
+
+
+# -- interrupts -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("moment", ["balloon: the guest boots", "round 1", "hint run"])
+def test_ctrl_c_cancels_within_5_seconds_and_leaves_nothing_behind(moment: str) -> None:
+    process = subprocess.Popen(
+        [*MIGRATE, "--hints", "on", "--bandwidth", "2M"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    assert process.stderr is not None
+    while moment not in (line := process.stderr.readline()):
+        assert line, f"{moment!r} was not reached"
+    time.sleep(0.3)
+    children = descendants(process.pid)
+    assert children
+    began = time.monotonic()
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does it: the whole foreground group gets it
+    out, err = process.communicate(timeout=20)
+    assert time.monotonic() - began < 5
+    assert process.returncode == 130, err
+    assert not out
+    assert "Traceback" not in err
+    if moment != "balloon: the guest boots":
+        assert "guest goes on" in err
+        assert " 0 wrong, no page held for hints" in err
+    assert all_gone(children)
+
+
+def test_ctrl_c_while_it_loads_is_no_traceback() -> None:
+    for delay in (0.0, 0.05, 0.1, 0.15):
+        process = subprocess.Popen([*BALLOON, "migrate"], stderr=subprocess.PIPE, text=True, start_new_session=True)
+        while "numpy" not in Path(f"/proc/{process.pid}/maps").read_text():
+            time.sleep(0.001)
+        time.sleep(delay)
+        children = descendants(process.pid)
+        os.killpg(process.pid, signal.SIGINT)
+        _, err = process.communicate(timeout=5)
+        assert process.returncode == 130, err
+        assert "Traceback" not in err
+        assert all_gone(children)
+
+
+# -- doctor -----------------------------------------------------------------------------------------------------------
+
+
+def test_doctor(tmp_path: Path) -> None:
+    done = run("doctor", "--json", "--work-dir", str(tmp_path))
+    report = json.loads(done.stdout)
+    has_schema(report, {"schema_version": int, "usable": bool, "linux_guest": bool, "checks": list})
+    assert report["usable"]
+    assert done.returncode == 0
+    names = set()
+    for check in report["checks"]:
+        has_schema(check, {"name": str, "state": str, "detail": str, "needed_for": str, "todo": str})
+        assert check["state"] in ("ok", "missing", "not usable")
+        assert (check["state"] == "ok") == (not check["todo"]), check
+        names.add(check["name"])
+    for name in ("wp-async", "software", "cachestat"):
+        assert f"dirty log {name}" in names
+    for name in ("Python", "C compiler", "kernel", "userfaultfd", "user-mode-linux", "busybox-static", "memory"):
+        assert name in names
+    lines = run("doctor", "--work-dir", str(tmp_path)).stdout.splitlines()
+    assert len([line for line in lines if line.startswith(("ok ", "missing ", "not usable "))]) == len(names)
+
+
+def test_doctor_says_what_is_missing_and_exits_with_3(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    shown = CliRunner().invoke(cli, ["doctor", "--work-dir", str(tmp_path)])
+    assert shown.exit_code == 0
+    assert "apt install user-mode-linux" in shown.output
+    assert "apt install qemu-system-x86" in shown.output
+    assert "migrate a Linux guest with hints: no" in shown.output
+
+    def refuse(*arguments: Any) -> int:
+        raise OSError(1, "Operation not permitted")
+
+    monkeypatch.setattr(os, "memfd_create", refuse)
+    shown = CliRunner().invoke(cli, ["doctor", "--json"])
+    assert shown.exit_code == 3
+    assert not json.loads(shown.output)["usable"]
