@@ -29,6 +29,8 @@ from vring.memory import GuestMemory
 __all__ = ["BackendHints", "GuestHandle", "Outcome", "SourceHost"]
 
 U64 = npt.NDArray[np.uint64]
+LAST_MOMENTS = 1.5
+"""Seconds in which a guest process that has begun to end is gone."""
 NAP = 0.1
 """Seconds after which a wait looks around: a signal alone does not end it."""
 
@@ -194,7 +196,7 @@ class SourceHost:
         PeerVanished
             If it is gone.
         """
-        end = time.monotonic() + 2 * NAP
+        end = time.monotonic() + LAST_MOMENTS
         while time.monotonic() < end:
             guest.check_alive()
             self.loop.run_once(NAP / 10)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
+import resource
 import signal
 import socket
 import sys
@@ -68,10 +69,16 @@ def keeper_of(linux: Any) -> int:
     return int(linux._keeper.pid)
 
 
+def fill_disk() -> None:
+    """Files of this process can grow no more (its guest has its memory already)."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2 << 20, 2 << 20))
+
+
 ACTIONS: dict[str, Callable[[], object]] = {
     "kill-guest": lambda: os.kill(World.guest.pid, signal.SIGKILL),
     "kill-keeper": lambda: os.kill(keeper_of(World.guest), signal.SIGKILL),
     "kill-receiver": lambda: os.kill(World.receiver.pid, signal.SIGKILL),
+    "disk-full": fill_disk,
     "kill-source": lambda: os.kill(os.getpid(), signal.SIGKILL),
     "ctrl-c": lambda: os.kill(os.getpid(), signal.SIGINT),
     "ctrl-c-twice": twice,

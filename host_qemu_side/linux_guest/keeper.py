@@ -93,7 +93,9 @@ def main() -> None:
     control = socket.socket(fileno=int(sys.argv[1]))
     control.set_inheritable(False)
     spec = json.loads(sys.argv[2])
-    host = os.pidfd_open(spec["host"])
+    host = -1
+    with contextlib.suppress(ProcessLookupError):  # killed before this program was up: only clean up
+        host = os.pidfd_open(spec["host"])
     if os.getppid() != spec["host"]:
         host = -1
     wake, wake_end = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
