@@ -128,10 +128,11 @@ def serve(socket_path: str, **options: Any) -> None:
     profile = profile_named(options["profile"])
     features = FEATURES if options["features"] is None else parse_features(options["features"])
     arguments = None
-    resume = ["--profile", profile.name]
+    resume = {"profile": profile.name, "batch": 64, "free_at": "done", "dirty_log": "auto"}
     if options["guest"] is not None:
         arguments = ["--memory", str(parse_size(options["memory"])), "--workload", options["workload"]]
-        arguments += ["--seed", str(options["seed"]), "--features", hex(features), *resume]
+        arguments += ["--seed", str(options["seed"]), "--features", hex(features)]
+        arguments += [text for name, value in resume.items() for text in (f"--{name.replace('_', '-')}", str(value))]
     serve_options = ServeOptions(
         socket=socket_path,
         monitor=options["monitor"],
@@ -139,7 +140,7 @@ def serve(socket_path: str, **options: Any) -> None:
         features=features,
         target=None if options["target"] is None else parse_size(options["target"]),
         guest_arguments=arguments,
-        resume_arguments=resume,
+        resume=resume,
     )
     with (
         Server(serve_options, _teller(options["json_log"], options["quiet"])) as server,

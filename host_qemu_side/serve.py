@@ -51,8 +51,8 @@ class ServeOptions:
     """Bytes a guest is to have; None: all it has."""
     guest_arguments: list[str] | None = None
     """Launch a Python guest with these arguments of ``python -m guest_driver``; None: wait for front ends."""
-    resume_arguments: list[str] = field(default_factory=list)
-    """What a destination needs to know to go on with that guest."""
+    resume: dict[str, Any] = field(default_factory=dict)
+    """What a destination needs to know to go on with that guest: the member ``resume`` of the stream's header."""
 
 
 class _Device(BalloonDevice):
@@ -122,7 +122,7 @@ class Server:
                 self.monitor = MonitorServer(self.loop, options.monitor, dispatcher)
             if options.guest_arguments is not None:
                 self._guest = PythonGuest(self.loop, self.backend, None, options.guest_arguments)
-                header = {"guest": "python", "resume_arguments": options.resume_arguments}
+                header = {"guest": "python", "resume": options.resume}
                 self.host.guest = OwnGuest(self._guest, header, self._emit, self._attend)
         except BaseException:
             self.close()
