@@ -17,10 +17,12 @@ from rich.logging import RichHandler
 from balloon_cli import doctor as doctor_module
 from balloon_cli import report
 from balloon_cli.bench import bench
+from balloon_cli.ctl import ctl
 from balloon_cli.errors import INVARIANT, MISSING, USAGE, VANISHED, exit_code
 from balloon_cli.live import LiveProgress, make_progress
 from balloon_cli.migrate import MigrateOptions, migrate_all
 from balloon_cli.receive import ReceiveOptions, receive_guest
+from balloon_cli.serve import serve
 from balloon_dev.profiles import PROFILES, profile_named
 from guest_driver.workloads import FORMS, parse_workload
 from host_qemu_side.migration.engine import Limits
@@ -351,6 +353,8 @@ def doctor(work_dir: Path, as_json: bool) -> None:
 
 
 cli.add_command(bench)
+cli.add_command(serve)
+cli.add_command(ctl)
 
 
 def run(arguments: list[str] | None = None) -> int:

@@ -7,111 +7,32 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from balloon_dev.device import DEFAULT_FEATURES, BalloonDevice
-from balloon_dev.features import QueueRole
-from balloon_dev.oracle import Verdict
 from balloon_dev.profiles import SPEC, Profile
 from host_qemu_side.discard import Discarder
-from host_qemu_side.loop import WRITE, Loop
-from host_qemu_side.migration.engine import Cancelled, GuestControl, Limits, Migration, MigrationResult
+from host_qemu_side.loop import Loop
+from host_qemu_side.migration.engine import Limits, Migration
 from host_qemu_side.migration.output import FileOutput, SocketOutput
-from host_qemu_side.migration.stream import Kind, StreamError, check_header
+from host_qemu_side.runner import SILENCE, BackendHints, GuestHandle, MigrationRunner, Outcome, RunnerPhase
 from host_qemu_side.vhost_user import VhostUserBackend
-from host_qemu_side.witness import MigrationClock, Witness
+from host_qemu_side.witness import Witness
 from vring.dirty import DirtyLog
 from vring.dirty.software import SoftwareDirtyLog
-from vring.errors import MissingFacility, PeerVanished, UsageError
+from vring.errors import MissingFacility, UsageError
 from vring.memory import GuestMemory
 
 __all__ = ["BackendHints", "GuestHandle", "Outcome", "SourceHost"]
 
 U64 = npt.NDArray[np.uint64]
-HELLO_TIMEOUT = 15.0
-SILENCE = 60.0
 LAST_MOMENTS = 1.5
 """Seconds in which a guest process that has begun to end is gone."""
 NAP = 0.1
 """Seconds after which a wait looks around: a signal alone does not end it."""
-
-
-class GuestHandle(GuestControl, Protocol):
-    """A guest that was launched: frozen, thawed, watched."""
-
-    def check_alive(self) -> None:
-        """Raise `PeerVanished` if it is gone."""
-
-
-class BackendHints:
-    """A `host_qemu_side.migration.engine.HintPort` over a balloon device behind vhost-user."""
-
-    def __init__(self, device: BalloonDevice, backend: VhostUserBackend) -> None:
-        self._device, self._backend = device, backend
-
-    @property
-    def sink(self) -> Callable[[int, U64, U64], None] | None:
-        """Who takes the hints."""
-        return self._device.hint_sink
-
-    @sink.setter
-    def sink(self, sink: Callable[[int, U64, U64], None] | None) -> None:
-        self._device.hint_sink = sink
-
-    @property
-    def running(self) -> bool:
-        """Whether a run is requested or started."""
-        return self._device.hinting.active
-
-    def start(self) -> int | None:
-        """Issue a new id and tell the driver; None if the driver is gone."""
-        if not self._device.hinting_negotiated:
-            return None
-        command_id = self._device.start_hinting()
-        self._backend.deliver()
-        return command_id
-
-    def stop(self) -> None:
-        """End the run."""
-        self._device.stop_hinting()
-        self._backend.deliver()
-
-    def done(self) -> None:
-        """Let the guest free its pages."""
-        self._device.finish_hinting()
-        self._backend.deliver()
-
-    def serve(self) -> None:
-        """Serve the free page queue."""
-        index = self._device.queue_number(QueueRole.FREE_PAGE)
-        if index is not None:
-            self._backend.process(index)
-
-
-@dataclass(slots=True)
-class Outcome:
-    """A finished migration and what is known of the other end."""
-
-    result: MigrationResult
-    verdict: Verdict | None = None
-    """None where the destination sent no digests."""
-    ready: dict[str, Any] = field(default_factory=dict)
-    """What the destination said when everything had arrived."""
-    report: dict[str, Any] | None = None
-    """What became of the guest there."""
-    nonzero_at_start: int = 0
-    nonzero_outside_hints: int = 0
-    pages_rewritten: int = 0
-    guest_at_pause: dict[str, Any] = field(default_factory=dict)
-    oracle_seconds: float = 0.0
-    """Time the oracle took; not part of the migration's."""
-    judge: Callable[[U64], Verdict] | None = None
-    """Judges page digests of the destination that were got another way (a file does not answer). Valid as long as the
-    guest's journal is open."""
 
 
 class SourceHost:
@@ -234,71 +155,38 @@ class SourceHost:
         VirtioError, OSError
             As `Migration.step`.
         """
-        assert self.memory is not None
-        if isinstance(output, SocketOutput):
-            self._wait_hello(output, guest, min(silence, HELLO_TIMEOUT), stop_requested)
-        clock = MigrationClock()
-        witness = Witness(self.memory, self.device, journal, clock)
-        outcome = Outcome(MigrationResult())
-
-        def state() -> dict[str, Any]:
-            outcome.guest_at_pause = at_pause()
-            return {"device": self.device.save(), "transport": self.backend.save()}
-
-        refused = None
-        port = BackendHints(self.device, self.backend) if hints else None
-        if port is not None and not self.device.hinting_negotiated:
-            port, refused = None, "the driver did not accept FREE_PAGE_HINT"
-        elif port is not None and not self.backend.can_tell_config:
-            port, refused = None, "the front end takes no config change notifications"
-        migration = Migration(
-            self.memory,
+        runner = MigrationRunner(
+            self.device,
+            self.backend,
+            guest,
             log,
             output,
-            guest,
-            hints=port,
+            hints=hints,
             limits=limits,
+            journal=journal,
             header=header,
-            state=state,
-            observer=witness,
             hand_over=hand_over,
+            at_pause=at_pause,
+            report_timeout=report_timeout,
+            silence=silence,
         )
-        self._migration = migration
-        migration.result.hints_refused = refused or migration.result.hints_refused
-        outcome.result = migration.result
-        watched = output.fileno() if isinstance(output, SocketOutput) else -1
-        sent, sent_at = 0, time.monotonic()
+        assert runner.witness is not None
+        self._migration = runner.migration
         try:
-            while not migration.finished:
+            while not runner.finished:
                 if stop_requested():
-                    migration.cancel("cancelled by the user")
-                wake = migration.step(clock())
-                if on_step is not None:
-                    on_step(migration, witness)
-                if output.blocked:
-                    self.loop.watch(watched, _nothing, WRITE)
-                else:
-                    self.loop.unwatch(watched)
-                if not output.blocked or output.bytes_sent != sent:
-                    sent, sent_at = output.bytes_sent, time.monotonic()
-                elif time.monotonic() - sent_at > silence:
-                    raise PeerVanished(f"the destination took nothing for {silence:g} s")
-                self.loop.run_once(min(max(wake - clock(), 0.0), NAP))
-                if not migration.committed:  # then it is the destination's, and this one may end
-                    guest.check_alive()
+                    runner.cancel("cancelled by the user")
+                migrating = runner.phase is RunnerPhase.MIGRATE
+                wait = runner.step()
+                if migrating and on_step is not None:
+                    on_step(runner.migration, runner.witness)
+                self.loop.run_once(min(wait, NAP))
         except BaseException as error:
-            migration.abort(error)
-            if isinstance(error, (MissingFacility, UsageError, OSError)) and not migration.committed:
+            runner.abort(error)
+            if isinstance(error, (MissingFacility, UsageError, OSError)) and not runner.migration.committed:
                 self._look_after(guest)
             raise
-        finally:
-            self.loop.unwatch(watched)
-            witness.close()
-        self._collect(outcome, migration, witness)
-        outcome.oracle_seconds = clock.excluded
-        if report_timeout and isinstance(output, SocketOutput):
-            outcome.report = self._wait_report(output, report_timeout, stop_requested)
-        return outcome
+        return runner.outcome
 
     def _look_after(self, guest: GuestHandle) -> None:
         """After a failure: a guest that is gone is the reason. One that is dying fails its dirty log a moment before.
@@ -312,57 +200,3 @@ class SourceHost:
         while time.monotonic() < end:
             guest.check_alive()
             self.loop.run_once(NAP / 10)
-
-    def _collect(self, outcome: Outcome, migration: Migration, witness: Witness) -> None:
-        outcome.judge = witness.verdict
-        parts = [np.frombuffer(r.payload, "<u8") for r in migration.answers if r.kind is Kind.DIGESTS]
-        if parts:
-            outcome.verdict = witness.verdict(np.concatenate(parts))
-        if migration.answers:
-            outcome.ready = migration.answers[-1].json()
-        outcome.nonzero_at_start = witness.nonzero_at_start
-        outcome.nonzero_outside_hints = witness.nonzero_outside_hints()
-        outcome.pages_rewritten = witness.pages_rewritten()
-
-    def _wait_hello(
-        self, output: SocketOutput, guest: GuestHandle, timeout: float, stop_requested: Callable[[], bool]
-    ) -> None:
-        """A destination speaks first: a migration does not begin before somebody is there who understands it."""
-        heard: list[dict[str, Any]] = []
-
-        def arrived() -> bool:
-            if stop_requested():
-                raise Cancelled("cancelled by the user before it began")
-            guest.check_alive()
-            record = output.answer()
-            if record is not None and record.kind is not Kind.HELLO:
-                raise StreamError(f"the destination began with {record.kind.name}, not with HELLO")
-            if record is not None:
-                check_header(record.json())
-                heard.append(record.json())
-            return bool(heard)
-
-        self.loop.run_until(arrived, timeout, "the destination to say hello (is it `balloon receive`?)")
-
-    def _wait_report(
-        self, output: SocketOutput, timeout: float, stop_requested: Callable[[], bool]
-    ) -> dict[str, Any] | None:
-        """Return what the destination says of the guest; None if the user would not wait."""
-        found: list[dict[str, Any]] = []
-
-        def arrived() -> bool:
-            if stop_requested():
-                return True
-            record = output.answer()
-            if record is not None:
-                if record.kind is Kind.REFUSED:
-                    raise StreamError(f"the guest did not go on at the destination: {record.json().get('why')}")
-                found.append(record.json())
-            return bool(found)
-
-        self.loop.run_until(arrived, timeout, "the destination to report on the guest")
-        return found[0] if found else None
-
-
-def _nothing() -> None:
-    """Being woken up is all that was wanted."""

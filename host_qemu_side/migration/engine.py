@@ -321,6 +321,11 @@ class Migration:
             self._give_back(error)
             raise
 
+    @property
+    def cancelled(self) -> str | None:
+        """Why `cancel` was called; None if it was not."""
+        return self._cancel
+
     def cancel(self, why: str = "cancelled") -> None:
         """Give up at the next step. Without effect once the guest was handed over."""
         self._cancel = why

@@ -242,7 +242,9 @@ class FileOutput:
                 with contextlib.suppress(FileNotFoundError):
                     os.unlink(self._partial)
                 self._named = True
-                os.link(f"/proc/self/fd/{self._file.fileno()}", self._partial, follow_symlinks=True)
+                # Only with a folder's descriptor does Python ask for the link to be followed (its value is not used).
+                source = self._file.fileno()
+                os.link(f"/proc/self/fd/{source}", self._partial, src_dir_fd=source, follow_symlinks=True)
             os.rename(self._partial, self.path)
         except OSError as error:
             raise self._full(error) from error

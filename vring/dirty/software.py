@@ -77,7 +77,7 @@ class SoftwareDirtyLog:
 
     def start(self) -> None:
         """Forget what was marked so far."""
-        lib.dirty_log_fetch(self._words, bitmap.words(bitmap.empty(self.pages)), self.pages)
+        self.sync(bitmap.empty(self.pages))  # by name: a C pointer alone would not keep it alive
 
     def sync(self, into: Bitmap) -> int:
         """Or the pages marked since the last sync into `into` and clear them; return how many there were."""

@@ -1,0 +1,196 @@
+"""Puts QMP sessions behind a Unix socket, on a `Loop`. Nothing here waits for a client.
+
+Commands are executed by `step`, never from within a callback of the loop: code that serves the loop while it waits is
+entered again by a command only where it calls `step` itself.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import socket
+import stat
+import time
+from typing import Any
+
+from host_qemu_side.loop import READ, WRITE, Loop
+from host_qemu_side.monitor.dispatch import Dispatcher, Session
+from vring.errors import UsageError
+
+__all__ = ["MonitorServer", "listen_unix", "remove_stale"]
+
+log = logging.getLogger(__name__)
+MAX_CLIENTS = 16
+READ_SIZE = 16 << 10
+
+
+def remove_stale(path: str) -> None:
+    """Remove a socket nobody listens on: what a process that was killed left behind. Anything else stays."""
+    try:
+        if not stat.S_ISSOCK(os.lstat(path).st_mode):  # connecting to a plain file is refused just the same
+            return
+    except OSError:
+        return
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK) as probe:
+        try:
+            probe.connect(path)
+        except ConnectionRefusedError:
+            with contextlib.suppress(OSError):
+                os.unlink(path)
+        except OSError:
+            pass
+
+
+def listen_unix(path: str) -> socket.socket:
+    """Return a listening Unix socket that only this user may connect to.
+
+    Raises
+    ------
+    UsageError
+        If one cannot listen there.
+    """
+    remove_stale(path)
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK)
+    mask = os.umask(0o177)
+    try:
+        listener.bind(path)
+        listener.listen(MAX_CLIENTS)
+    except OSError as error:
+        listener.close()
+        raise UsageError(f"cannot listen on {path}: {error.strerror or error}") from error
+    finally:
+        os.umask(mask)
+    return listener
+
+
+class _Client:
+    """A connection and its session."""
+
+    def __init__(self, server: MonitorServer, connection: socket.socket) -> None:
+        self.server, self.connection = server, connection
+        self.session = Session(server.dispatcher)
+        self.closed = False
+        self.ended = False
+        """The client sends no more; what it asked for is still answered."""
+        self._watching = 0
+        self.update()
+
+    def update(self) -> None:
+        """Send what can be sent, then watch for what is wanted."""
+        self._flush()
+        if not self.closed and self.session.overflowed:
+            log.warning("monitor: a client does not read its replies and was dropped")
+            self.close()
+        if not self.closed and self.ended and not self.session.waiting and not self.session.output:
+            self.close()
+        if self.closed:
+            return
+        events = READ if self.session.wants_input and not self.ended else 0
+        events |= WRITE if self.session.output else 0
+        if events != self._watching:
+            if events:
+                self.server.loop.watch(self.connection.fileno(), self._ready, events)
+            else:
+                self.server.loop.unwatch(self.connection.fileno())
+            self._watching = events
+
+    def _flush(self) -> None:
+        output = self.session.output
+        try:
+            while output and not self.closed:
+                del output[: self.connection.send(output)]
+        except BlockingIOError:
+            pass
+        except OSError:
+            self.close()
+
+    def _ready(self) -> None:
+        try:
+            if self._watching & READ:
+                data = self.connection.recv(READ_SIZE)
+                self.ended = not data
+                self.session.feed(data)
+        except BlockingIOError:
+            pass
+        except OSError:
+            self.close()
+        self.update()
+
+    def close(self) -> None:
+        """Hang up."""
+        if not self.closed:
+            self.closed = True
+            self.server.loop.unwatch(self.connection.fileno())
+            self.connection.close()
+
+
+class MonitorServer:
+    """Listens for monitor clients.
+
+    Parameters
+    ----------
+    loop
+        Who watches the descriptors.
+    path
+        Of the Unix socket.
+    dispatcher
+        The commands.
+
+    Raises
+    ------
+    UsageError
+        If one cannot listen there.
+    """
+
+    def __init__(self, loop: Loop, path: str, dispatcher: Dispatcher) -> None:
+        self.loop, self.dispatcher = loop, dispatcher
+        self._path = path
+        self._clients: list[_Client] = []
+        self._listener = listen_unix(path)
+        loop.watch(self._listener.fileno(), self._accept)
+
+    def _accept(self) -> None:
+        try:
+            connection, _ = self._listener.accept()
+        except OSError:
+            return
+        connection.setblocking(False)
+        self._clients = [client for client in self._clients if not client.closed]
+        if len(self._clients) >= MAX_CLIENTS:
+            log.warning("monitor: more than %d clients, one was turned away", MAX_CLIENTS)
+            connection.close()
+            return
+        self._clients.append(_Client(self, connection))
+
+    def step(self) -> bool:
+        """Let each client have one command answered; return whether there was one."""
+        stepped = False
+        for client in list(self._clients):
+            if not client.closed and client.session.ready:
+                client.session.step()
+                client.update()
+                stepped = True
+        self._clients = [client for client in self._clients if not client.closed]
+        return stepped
+
+    def event(self, name: str, data: dict[str, Any] | None = None) -> None:
+        """Tell all clients; those that do not read are dropped."""
+        seconds, nanoseconds = divmod(time.time_ns(), 10**9)
+        stamp = {"seconds": seconds, "microseconds": nanoseconds // 1000}
+        message = {"event": name, **({"data": data} if data is not None else {}), "timestamp": stamp}
+        for client in self._clients:
+            if not client.closed:
+                client.session.event(message)
+                client.update()
+
+    def close(self) -> None:
+        """Hang up on everybody, after what is due was offered to them, and remove the socket."""
+        for client in self._clients:
+            client.update()
+            client.close()
+        self._clients = []
+        self.loop.unwatch(self._listener.fileno())
+        self._listener.close()
+        with contextlib.suppress(OSError):
+            os.unlink(self._path)
