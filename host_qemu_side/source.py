@@ -363,7 +363,8 @@ class SourceHost:
             record = output.answer()
             if record is not None:
                 if record.kind is Kind.REFUSED:
-                    raise StreamError(f"the guest did not go on at the destination: {record.json().get('why')}")
+                    kind = PeerVanished if record.json().get("vanished") is True else StreamError
+                    raise kind(f"the guest did not go on at the destination: {record.json().get('why')}")
                 found.append(record.json())
             return bool(found)
 

@@ -212,8 +212,9 @@ def test_a_sparse_guest_stays_sparse(runs: dict[str, Future[Done]]) -> None:
     assert touched < 1 << 30
     assert run["bytes_sent"] < 2 * touched
     assert 0 < done.watched.shared_file < touched + (64 << 20)
+    # On top of what a host may take come the digests for the oracle, 8 bytes a page, which only a judge needs.
     for role in ("source", "receiver"):
-        assert done.watched.anonymous[role] <= (64 << 20) + (16 << 30) // 1000, role
+        assert done.watched.anonymous[role] <= (64 << 20) + (16 << 30) // 1000 + (16 << 30) // 512, role
 
 
 def test_bandwidth_is_kept(runs: dict[str, Future[Done]]) -> None:
