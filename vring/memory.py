@@ -6,19 +6,21 @@ Owns memfd and file mappings; also wraps memory an emulator already has. Knows n
 from __future__ import annotations
 
 import contextlib
+import errno
 import mmap
 import os
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from vring._vring import ffi, lib
+from vring.backing import HOST_PAGE_SIZE, Backing, classify, describe_fd, make_memfd, no_huge_pages
 from vring.errors import GuestAddressError, UsageError
 
-__all__ = ["PAGE_SHIFT", "PAGE_SIZE", "GuestMemory", "Region"]
+__all__ = ["PAGE_SHIFT", "PAGE_SIZE", "Backing", "GuestMemory", "Region"]
 
 PAGE_SIZE: int = lib.DIRTY_PAGE_SIZE
 PAGE_SHIFT = PAGE_SIZE.bit_length() - 1
@@ -36,18 +38,57 @@ class Region:
     """Descriptor of the memory object behind it, or -1 where there is none (an emulator's own buffer)."""
     offset: int = 0
     """Where the region starts in that object, bytes."""
+    backing: Backing | None = None
+    """What kind of memory it is. None: found out by `GuestMemory` (no descriptor is taken for `Backing.BUFFER`)."""
+    page_size: int = 0
+    """Bytes of the host's pages there, in which alone memory can be dropped; 0: found out by `GuestMemory`."""
+    name: str = ""
+    """What is behind it, for messages."""
 
     @property
     def end(self) -> int:
         """First guest address after the region."""
         return self.gpa + self.size
 
+    def describe(self) -> str:
+        """Return the region and its kind in words, for messages."""
+        kind = (self.backing or Backing.BUFFER).value
+        return f"region {self.gpa:#x}..{self.end - 1:#x} ({kind}{f', {self.name}' if self.name else ''})"
+
+    def resolved(self) -> Region:
+        """Return the same region with its kind of backing and page size filled in."""
+        backing, page_size = self.backing, self.page_size
+        if backing is None and self.fd >= 0:
+            backing, found = classify(self.fd)
+            page_size = page_size or found
+        backing = backing or Backing.BUFFER
+        page_size = page_size or (PAGE_SIZE if backing is Backing.BUFFER else HOST_PAGE_SIZE)
+        return replace(self, backing=backing, page_size=page_size, name=self.name or describe_fd(self.fd))
+
+    def check_pages(self) -> None:
+        """Raise `UsageError` if the region is not made of whole pages of the host."""
+        page = self.page_size
+        if page < PAGE_SIZE or page & (page - 1) or self.size % page or self.offset % page:
+            raise UsageError(
+                f"{self.describe()} of {self.size} bytes at offset {self.offset:#x} is not made of whole pages of "
+                f"{page} bytes"
+            )
+
+
+def _mapped(region: Region, flags: int) -> mmap.mmap:
+    try:
+        return mmap.mmap(region.fd, region.size, flags, offset=region.offset)
+    except OSError as error:
+        if region.backing is Backing.HUGETLB and error.errno == errno.ENOMEM:
+            raise no_huge_pages(region.page_size, region.size) from error
+        raise
+
 
 class GuestMemory:
     """RAM of a guest: one or more regions, with holes between them.
 
-    Make one with `create`, `from_fds` or `from_buffers`. A page is 4096 bytes and is numbered by its guest address
-    divided by 4096, so page numbers have holes where the memory has.
+    Make one with `create`, `from_fds`, `from_private` or `from_buffers`. A page is 4096 bytes and is numbered by its
+    guest address divided by 4096, so page numbers have holes where the memory has.
 
     Parameters
     ----------
@@ -64,7 +105,7 @@ class GuestMemory:
 
     def __init__(self, regions: Sequence[Region], buffers: Sequence[Any]) -> None:
         order = sorted(range(len(regions)), key=lambda i: regions[i].gpa)
-        self.regions: tuple[Region, ...] = tuple(regions[i] for i in order)
+        self.regions: tuple[Region, ...] = tuple(regions[i].resolved() for i in order)
         self._buffers = [buffers[i] for i in order]
         if not self.regions:
             raise UsageError("guest memory needs at least one region")
@@ -76,6 +117,7 @@ class GuestMemory:
                 raise UsageError(
                     f"region at {region.gpa:#x} of {region.size} bytes is not made of whole 4096-byte pages"
                 )
+            region.check_pages()
             if region.gpa < last_end:
                 raise UsageError(f"region at {region.gpa:#x} overlaps the one before it, which ends at {last_end:#x}")
             last_end = region.end
@@ -106,6 +148,7 @@ class GuestMemory:
         *,
         name: str = "guest-ram",
         path: str | os.PathLike[str] | None = None,
+        page_size: int = PAGE_SIZE,
     ) -> GuestMemory:
         """Make fresh, sparse, shared memory: a memfd, or an unlinked file.
 
@@ -117,17 +160,23 @@ class GuestMemory:
             Shown in ``/proc/PID/maps``.
         path
             A folder: back the memory by an unlinked file there instead of a memfd.
+        page_size
+            Bytes, e.g. ``2 << 20``: a memfd of huge pages.
 
         Raises
         ------
         UsageError
             If the layout is malformed.
+        MissingFacility
+            If there are not enough huge pages.
         OSError
             If the memory cannot be had.
         """
         pairs = [(0, layout)] if isinstance(layout, int) else list(layout)
         if path is None:
-            fd = os.memfd_create(name, os.MFD_CLOEXEC)
+            fd = make_memfd(name, page_size)
+        elif page_size != PAGE_SIZE:
+            raise UsageError("pages of a file are as large as its file system has them: give page_size or path")
         else:
             fd = os.open(path, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
         try:
@@ -152,26 +201,55 @@ class GuestMemory:
         ------
         UsageError
             If a region is malformed or reaches past the end of its object.
+        MissingFacility
+            If it is of huge pages, and there are not enough of them.
         """
+        return cls._map(regions, mmap.MAP_SHARED)
+
+    @classmethod
+    def from_private(cls, regions: Iterable[Region]) -> GuestMemory:
+        """Make private memory: anonymous where a region has no descriptor, else a private mapping of that file.
+
+        Such memory cannot be shared with another process. The regions of the result have no descriptor, because
+        what is in the file is not what is in RAM.
+
+        Raises
+        ------
+        UsageError
+            If a region is malformed or reaches past the end of its file.
+        """
+        return cls._map(regions, mmap.MAP_PRIVATE)
+
+    @classmethod
+    def _map(cls, regions: Iterable[Region], flags: int) -> GuestMemory:
         owned: dict[int, int] = {}
         mine, maps = [], []
         try:
             for region in regions:
-                if region.fd not in owned:
-                    owned[region.fd] = os.dup(region.fd)
-                fd = owned[region.fd]
                 if region.size <= 0 or region.offset < 0 or region.offset % PAGE_SIZE:
                     raise UsageError(
                         f"region at {region.gpa:#x}: size {region.size}, offset {region.offset} cannot be mapped"
                     )
-                have = os.fstat(fd).st_size
+                if flags == mmap.MAP_PRIVATE and region.fd < 0:
+                    maps.append(mmap.mmap(-1, region.size, flags | mmap.MAP_ANONYMOUS))
+                    mine.append(replace(region, fd=-1, offset=0, backing=Backing.PRIVATE_ANONYMOUS))
+                    continue
+                have = os.fstat(region.fd).st_size
                 if region.offset + region.size > have:
                     raise UsageError(
                         f"region at {region.gpa:#x} needs bytes up to {region.offset + region.size:#x} "
                         f"of an object that has {have:#x}"
                     )
-                maps.append(mmap.mmap(fd, region.size, mmap.MAP_SHARED, offset=region.offset))
-                mine.append(Region(region.gpa, region.size, fd, region.offset))
+                if flags == mmap.MAP_PRIVATE:
+                    maps.append(_mapped(region, flags))
+                    mine.append(replace(region, fd=-1, backing=Backing.PRIVATE_FILE, name=describe_fd(region.fd)))
+                    continue
+                if region.fd not in owned:
+                    owned[region.fd] = os.dup(region.fd)
+                shared = replace(region, fd=owned[region.fd]).resolved()
+                shared.check_pages()
+                maps.append(_mapped(shared, flags))
+                mine.append(shared)
             memory = cls(mine, maps)
         except BaseException:
             for fd in owned.values():
