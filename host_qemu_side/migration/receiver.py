@@ -164,9 +164,9 @@ class Receiver:
         self.state = ReceiverState.READY if self.header.get("hand_over") else ReceiverState.IMAGE
         return answer
 
-    def refuse(self, why: str) -> list[bytes | memoryview]:
-        """Return the record that tells the source what is wrong."""
-        return self.writer.json(Kind.REFUSED, {"why": why})
+    def refuse(self, why: str, *, vanished: bool = False) -> list[bytes | memoryview]:
+        """Return the record that tells the source what is wrong, and whether it is that the guest died here."""
+        return self.writer.json(Kind.REFUSED, {"why": why, "vanished": vanished})
 
     def report(self, facts: dict[str, Any]) -> list[bytes | memoryview]:
         """Return the record that tells the source what became of the guest."""
