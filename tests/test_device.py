@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from balloon_dev.config import ACTUAL, CMD_ID, NUM_PAGES, POISON_VAL
-from balloon_dev.device import DEFAULT_FEATURES, MAX_REQUEST_BYTES, BalloonDevice
+from balloon_dev.device import DEFAULT_FEATURES, BalloonDevice
+from balloon_dev.requests import MAX_REQUEST_BYTES
 from balloon_dev.features import BalloonFeature, QueueRole
 from balloon_dev.hinting import HintState
 from balloon_dev.profiles import LINUX, QEMU, SPEC
