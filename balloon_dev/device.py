@@ -17,14 +17,15 @@ from balloon_dev.config import ACTUAL, CMD_ID, NUM_PAGES, POISON_VAL, BalloonCon
 from balloon_dev.features import ALL_BALLOON_FEATURES, DEVICE_ID, RING_FEATURES, BalloonFeature, QueueRole
 from balloon_dev.hinting import Action, HintEvent, HintRun
 from balloon_dev.profiles import SPEC, Profile
-from balloon_dev.requests import Discard, HintSink, Requests, RingTap
+from balloon_dev.requests import MAX_REQUEST_BYTES, Discard, HintSink, Requests, RingTap
+from balloon_dev.stats import GuestStats
 from vring import bitmap
 from vring.dirty.software import SoftwareDirtyLog
 from vring.errors import DriverError, UsageError
 from vring.memory import PAGE_SIZE, GuestMemory
 from vring.split import DeviceQueue
 
-__all__ = ["DEFAULT_FEATURES", "SUPPORTED_FEATURES", "BalloonDevice", "RingTap"]
+__all__ = ["DEFAULT_FEATURES", "MAX_REQUEST_BYTES", "SUPPORTED_FEATURES", "BalloonDevice", "RingTap"]
 
 DEFAULT_FEATURES = int(BalloonFeature.FREE_PAGE_HINT | RING_FEATURES)
 SUPPORTED_FEATURES = int(ALL_BALLOON_FEATURES | RING_FEATURES)
@@ -262,7 +263,8 @@ class BalloonDevice(Requests):
         Raises
         ------
         UsageError
-            With nothing changed, if the state is malformed or from a device that offered other features or had another profile.
+            With nothing changed, if the state is malformed or from a device that offered other features or had another
+            profile.
         """
         try:
             same = (saved["profile"], saved["offered"]) == (self.profile.name, self.offered_features)
@@ -282,6 +284,7 @@ class BalloonDevice(Requests):
         for first, pages in runs:
             if not 0 <= first <= first + pages <= self._ballooned.size * 64:
                 raise UsageError(f"saved device state is malformed: ballooned pages {first}+{pages} are outside RAM")
+        GuestStats().load(stats)  # raises before anything has changed
         self.hinting.load(hinting)
         self.stats.load(stats)
         self.negotiated = negotiated

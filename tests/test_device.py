@@ -96,7 +96,7 @@ def test_features():
     assert not device.hinting_negotiated
 
 
-@pytest.mark.parametrize("bit", [BalloonFeature.STATS_VQ, BalloonFeature.PAGE_POISON, BalloonFeature.REPORTING, 1 << 6])
+@pytest.mark.parametrize("bit", [1 << 6, 1 << 27, 1 << 33, 1 << 40])
 def test_features_that_are_not_served_are_refused(bit):
     with pytest.raises(UsageError, match="not served"):
         BalloonDevice(DEFAULT_FEATURES | bit)

@@ -9,7 +9,6 @@ from features_pair import ALL
 from balloon_cli.migrate import spawn_receiver
 from balloon_dev.features import BalloonFeature
 from balloon_dev.profiles import LINUX, QEMU, SPEC
-from guest_driver.vhost_user import VhostUserTransport
 from host_qemu_side.migration.engine import Limits
 from host_qemu_side.python_guest import PythonGuest
 from host_qemu_side.source import SourceHost
@@ -40,8 +39,9 @@ def test_statistics_reports_and_balloon_over_vhost_user(profile):
             assert device.request_stats()
             host.backend.deliver()
             host.loop.run_until(lambda: device.stats.updates == 2, 5, "statistics")
-            assert device.stats.values["stat-free-memory"] == free - 2000 * 4096
+            assert device.stats.values["stat-free-memory"] <= free - 2000 * 4096  # less by what is being reported
             host.loop.run_until(lambda: device.counters["bytes reported"] > 60 * MIB, 10, "reports")
+            guest.run_for(0.3)
             status = guest.ask("status", "status")
             assert status["driver"]["reported"] * 4 * MIB == device.counters["bytes reported"]
             assert not device.bad_requests
@@ -51,23 +51,22 @@ def test_statistics_reports_and_balloon_over_vhost_user(profile):
 
 @pytest.mark.parametrize("bit", [0, OOM])
 def test_balloon_that_leaves_no_memory(bit):
-    """The host asks for all of a guest that has just begun to fill its memory."""
+    """The host asks for more than there is while the guest goes on allocating: it gets pages back, or goes without."""
     with SourceHost(features=ALL & ~OOM | bit) as host:
-        host.device.set_target(1 << 20)
-        guest = launch(host, workload="writer:40M@10M")
+        guest = launch(host, workload="build:200M+writer:4M@10M")
         try:
-            if bit:
-                guest.wait_ready()
-                assert guest.status["driver"]["oom_deflated"] > 5000
-                guest.run_for(0.3)
-                guest.ask("check", "checked")
-                assert guest.checked is not None
-                assert guest.checked["wrong"] == 0
-                assert guest.checked["pages"] == 10240
-                assert host.device.actual < 14000
-            else:
-                guest.wait_for("hello", 10)
-                host.loop.run_until(lambda: host.device.actual > 10000, 10, "the balloon")
+            guest.wait_ready()
+            host.device.set_target(1 << 20)
+            host.backend.deliver()
+            host.loop.run_until(lambda: host.device.actual > 12000, 10, "the balloon")
+            for _ in range(40):
+                guest.run_for(0.1)
+                if guest.ask("status", "status")["driver"]["oom_deflated"]:
+                    break
+            assert bool(guest.status["driver"]["oom_deflated"]) is bool(bit)
+            guest.ask("check", "checked")
+            assert guest.checked is not None
+            assert guest.checked["wrong"] == 0
         finally:
             guest.close()
 
@@ -113,4 +112,3 @@ def test_features_are_parsed_by_the_guest_program():
     assert "deflate-on-oom" in wrong.stderr
     right = subprocess.run([*command, "--features", "hint,stats"], capture_output=True, text=True)
     assert right.returncode == 5
-    assert VhostUserTransport.wait

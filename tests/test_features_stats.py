@@ -176,6 +176,18 @@ def test_malformed_saved_statistics(bad):
         GuestStats().load(bad)
 
 
+def test_malformed_statistics_change_nothing_of_a_device():
+    with Pair(ALL) as pair:
+        pair.settle()
+        saved = pair.device.save()
+        there = BalloonDevice(ALL)
+        there.set_memory(pair.host)
+        before = there.save()
+        with pytest.raises(UsageError, match="saved statistics"):
+            there.load({**saved, "stats": {}})
+        assert there.save() == before
+
+
 def test_ring_full_is_tried_again(pair):
     """Waiting for ever after an add that failed (number 18), here on the statsq."""
     assert pair.device.request_stats()

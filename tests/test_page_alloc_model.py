@@ -90,6 +90,18 @@ class AllocatorMachine(RuleBasedStateMachine):
             del self.blocks[pfn]
             self.free |= set(range(pfn, pfn + (1 << order)))
 
+    @rule(n=st.integers(0, 4), reported=st.booleans())
+    def report(self, n, reported):
+        marked = self.manager.reported_blocks
+        blocks = self.manager.report_take(n)
+        for pfn in blocks.tolist():
+            assert set(range(pfn, pfn + 1024)) <= self.free
+        assert self.manager.free_pages == len(self.free) - 1024 * len(blocks)
+        self.manager.verify()
+        assert len(blocks) == 0 or self.spare(Alloc.NORMAL) >= 1024 * len(blocks)
+        self.manager.report_return(blocks, reported=reported)
+        assert self.manager.reported_blocks == marked + reported * len(blocks)
+
     @rule()
     def attach_anew(self):
         self.manager = MemoryManager.attach(self.memory)

@@ -1,4 +1,5 @@
-/* Free page reporting: free blocks of the largest order taken out for a while, and put back marked as told of. */
+/* Free page reporting: free blocks of the largest order taken out for a while, and put back marked as told
+ * of. */
 #include "page_alloc/page_alloc_internal.h"
 
 #define BLOCK_PAGES ((uint64_t)1 << PA_TOP_ORDER)

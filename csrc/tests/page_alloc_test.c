@@ -178,6 +178,30 @@ static void write_block(struct test *t)
     *byte ^= 4;
 }
 
+/* Take blocks to report, look at what is left meanwhile, put them back with or without a mark. */
+static void report(struct test *t)
+{
+    uint64_t out[3], where = 0, block = (uint64_t)1 << (PA_MAX_ORDER - 1);
+    int64_t marked = pa_report_marked(&t->view);
+    int64_t got = pa_report_take(&t->view, 1 + next_random(t) % 3, out);
+    CHECK(marked >= 0 && got >= 0 && got <= 3);
+    CHECK(got == 0 || t->free_pages - (uint64_t)got * block >= WATERMARK);
+    for (int64_t i = 0; i < got; i++) {
+        for (uint64_t j = 0; j < block; j++)
+            CHECK(t->taken[out[i] + j] == 0);
+    }
+    CHECK(zone_of(t)->free_pages == t->free_pages - (uint64_t)got * block);
+    CHECK(pa_verify(&t->view, &where) == 0 && pa_report_marked(&t->view) == marked);
+    uint32_t reported = next_random(t) % 2;
+    CHECK(pa_report_return(&t->view, (uint64_t)got, out, reported) == 0);
+    CHECK(got == 0 || pa_report_return(&t->view, (uint64_t)got, out, reported) == PA_ENOTALLOC);
+    CHECK(pa_report_marked(&t->view) == marked + (reported ? got : 0));
+    out[0] = PAGES;
+    CHECK(pa_report_return(&t->view, 1, out, 0) == PA_EPFN);
+    out[0] = 2049;
+    CHECK(pa_report_return(&t->view, 1, out, 0) == PA_EPFN);
+}
+
 static void check_all(struct test *t)
 {
     uint64_t where = 0, map[PAGES / 64] = {0}, counts[256];
@@ -208,6 +232,10 @@ static void damage(struct test *t)
         if (got > 0 && next_random(t) % 2)
             pa_free_bulk(&t->view, order, (uint64_t)got, out, &error);
         pa_free(&t->view, next_random(t) % PAGES, order);
+        got = pa_report_take(&t->view, 2, out);
+        if (got > 0)
+            pa_report_return(&t->view, (uint64_t)got, out, next_random(t) % 2);
+        pa_report_marked(&t->view);
     }
     uint64_t bits[PAGES / 64];
     uint64_t cursor = 0;
@@ -225,7 +253,7 @@ int main(int argc, char **argv)
     setup(&t, seed);
     check_all(&t);
     for (uint64_t i = 0; i < operations; i++) {
-        switch (next_random(&t) % 8) {
+        switch (next_random(&t) % 9) {
         case 0:
         case 1:
             allocate(&t);
@@ -235,6 +263,9 @@ int main(int argc, char **argv)
             break;
         case 3:
             release_many(&t);
+            break;
+        case 4:
+            report(&t);
             break;
         default:
             release(&t);
