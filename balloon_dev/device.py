@@ -1,60 +1,40 @@
 """The balloon device as a core without I/O: a transport feeds it calls, a hypervisor sets its targets.
 
-Implements `vring.device.Device`. What to do with a hint, with pages given up, or with what happened on the ring is the
-embedder's: `hint_sink`, `discard` and `tap`.
+Implements `vring.device.Device`. What buffers mean is in `balloon_dev.requests`; what to do with a hint, with pages
+given up, or with what happened on the ring is the embedder's: `hint_sink`, `discard` and `tap`.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from balloon_dev.config import ACTUAL, CMD_ID, NUM_PAGES, POISON_VAL, BalloonConfig
-from balloon_dev.features import DEVICE_ID, BalloonFeature, QueueRole
+from balloon_dev.features import ALL_BALLOON_FEATURES, DEVICE_ID, RING_FEATURES, BalloonFeature, QueueRole
 from balloon_dev.hinting import Action, HintEvent, HintRun
 from balloon_dev.profiles import SPEC, Profile
+from balloon_dev.requests import Discard, HintSink, Requests, RingTap
 from vring import bitmap
 from vring.dirty.software import SoftwareDirtyLog
-from vring.errors import UsageError
-from vring.features import CommonFeature
-from vring.memory import PAGE_SHIFT, GuestMemory
+from vring.errors import DriverError, UsageError
+from vring.memory import PAGE_SIZE, GuestMemory
 from vring.split import DeviceQueue
 
-__all__ = ["DEFAULT_FEATURES", "BalloonDevice", "RingTap"]
+__all__ = ["DEFAULT_FEATURES", "SUPPORTED_FEATURES", "BalloonDevice", "RingTap"]
 
-U64 = npt.NDArray[np.uint64]
-HintSink = Callable[[int, U64, U64], None]
-Discard = Callable[[U64, U64], None]
-
-RING_FEATURES = CommonFeature.VERSION_1 | CommonFeature.EVENT_IDX | CommonFeature.INDIRECT_DESC
 DEFAULT_FEATURES = int(BalloonFeature.FREE_PAGE_HINT | RING_FEATURES)
-SUPPORTED_FEATURES = int(
-    BalloonFeature.MUST_TELL_HOST | BalloonFeature.DEFLATE_ON_OOM | BalloonFeature.FREE_PAGE_HINT | RING_FEATURES
-)
-"""What the device serves today. STATS_VQ, PAGE_POISON and REPORTING are defined (`QueueRole`, `POISON_VAL`) and are
-refused until their queues are served."""
+SUPPORTED_FEATURES = int(ALL_BALLOON_FEATURES | RING_FEATURES)
+"""What the device serves: all of section 5.5.3."""
 
 BATCH = 256
 ROUNDS_PER_CALL = 64
-MAX_REQUEST_BYTES = 1 << 20
-"""A list of PFNs longer than this is a bad request: no driver sends one."""
 
 
-class RingTap(Protocol):
-    """Sees what the driver put on the free page queue, before the device judges it."""
-
-    def command(self, command_id: int) -> None:
-        """See a 4-byte command."""
-
-    def pages(self, addr: U64, length: U64) -> None:
-        """See blocks of pages, guest addresses and bytes."""
-
-
-class BalloonDevice:
+class BalloonDevice(Requests):
     """A virtio-balloon device.
 
     Parameters
@@ -64,8 +44,11 @@ class BalloonDevice:
     profile
         The choices in which real devices differ, see `balloon_dev.profiles`.
     discard
-        Called with guest addresses and lengths (bytes) of pages in the balloon that the host may drop, before their
-        buffer is returned. Ranges are merged, ascending and inside RAM. None: the pages are only counted.
+        Called with guest addresses and lengths (bytes) of pages in the balloon, or reported free, that the host may
+        drop, before their buffer is returned. Ranges are inside RAM; those of the balloon are merged and ascending.
+        None: the pages are only counted. If it raises, their buffer is not returned but found again later.
+    host_page
+        Bytes of a page of the host. Reports must be made of whole ones.
 
     Raises
     ------
@@ -76,13 +59,22 @@ class BalloonDevice:
     device_id = DEVICE_ID
 
     def __init__(
-        self, features: int = DEFAULT_FEATURES, *, profile: Profile = SPEC, discard: Discard | None = None
+        self,
+        features: int = DEFAULT_FEATURES,
+        *,
+        profile: Profile = SPEC,
+        discard: Discard | None = None,
+        host_page: int = PAGE_SIZE,
     ) -> None:
+        super().__init__()
         if features & ~SUPPORTED_FEATURES:
             raise UsageError(
                 f"features {features & ~SUPPORTED_FEATURES:#x} are not served (supported: {SUPPORTED_FEATURES:#x})"
             )
+        if host_page < PAGE_SIZE or host_page & (host_page - 1):
+            raise UsageError(f"a host page of {host_page} bytes")
         self.profile = profile
+        self.host_page = host_page
         self.offered_features = features
         self.discard = discard
         self.hint_sink: HintSink | None = None
@@ -117,6 +109,7 @@ class BalloonDevice:
     def set_memory(self, memory: GuestMemory | None) -> None:
         """Take the guest's memory; queues attached before are dropped."""
         self._queues.clear()
+        self._held_stats = None
         self._memory = memory
         self._ballooned = bitmap.empty(memory.page_span if memory else 0)
 
@@ -143,8 +136,17 @@ class BalloonDevice:
 
     def detach_queue(self, index: int) -> None:
         """Stop using a queue."""
+        if index == self.queue_number(QueueRole.STATS):
+            self._held_stats = None
         self._queues.pop(index, None)
         self._calls.discard(index)
+
+    def held_buffers(self, index: int) -> int:
+        """How many buffers taken from a queue the device keeps: the one on the statsq, until figures are wanted.
+
+        Whoever saves a queue's base index goes back by so many, so that they are found again.
+        """
+        return int(self._held_stats is not None and index == self.queue_number(QueueRole.STATS))
 
     def take_config_change(self) -> bool:
         """Whether a config change notification is due; asking clears it."""
@@ -162,6 +164,8 @@ class BalloonDevice:
         self._queues.clear()
         self._calls.clear()
         self._config_change = False
+        self._held_stats = None
+        self.stats.clear()
         self.negotiated = 0
         self.hinting.handle(HintEvent.RESET)
         self._publish(notify=False)
@@ -215,6 +219,23 @@ class BalloonDevice:
         if self.hinting_negotiated:
             self._host(HintEvent.HOST_DONE)
 
+    def request_stats(self) -> bool:
+        """Ask for fresh statistics, by giving the buffer back that the driver left for that.
+
+        Returns
+        -------
+        bool
+            False if there is none: STATS_VQ was not negotiated, or the driver has not answered the last request.
+        """
+        queue = self.queue(QueueRole.STATS)
+        if queue is None or self._held_stats is None:
+            return False
+        head, self._held_stats = self._held_stats, None
+        if queue.push([head]):
+            self._calls.add(queue.index)
+        self._log_used_ring(queue)
+        return True
+
     def _host(self, event: HintEvent) -> None:
         if self.hinting.handle(event) in (Action.NEW_ID, Action.PUBLISH):
             self._publish()
@@ -224,13 +245,14 @@ class BalloonDevice:
         self._config_change = self._config_change or notify
 
     def save(self) -> dict[str, Any]:
-        """Return the device's own state for a migration; queues are the transport's to save."""
+        """Return the device's own state for a migration; queues are the transport's to save (see `held_buffers`)."""
         return {
             "profile": self.profile.name,
             "offered": self.offered_features,
             "negotiated": self.negotiated,
             "config": self.config.read(0, 16).hex(),
             "hinting": self.hinting.save(),
+            "stats": self.stats.save(),
             "ballooned": [[int(a), int(n)] for a, n in zip(*bitmap.runs(self._ballooned), strict=True)],
         }
 
@@ -245,7 +267,7 @@ class BalloonDevice:
         try:
             same = (saved["profile"], saved["offered"]) == (self.profile.name, self.offered_features)
             negotiated, config = int(saved["negotiated"]), bytes.fromhex(saved["config"])
-            hinting, runs = saved["hinting"], [(int(a), int(n)) for a, n in saved["ballooned"]]
+            hinting, stats, runs = saved["hinting"], saved["stats"], [(int(a), int(n)) for a, n in saved["ballooned"]]
         except (KeyError, TypeError, ValueError) as error:
             raise UsageError(f"saved device state is malformed: {error!r}") from error
         if not same:
@@ -258,6 +280,7 @@ class BalloonDevice:
                 "saved device state is malformed: features that were not offered, or a config of wrong size"
             )
         self.hinting.load(hinting)
+        self.stats.load(stats)
         self.negotiated = negotiated
         for offset in (NUM_PAGES, ACTUAL, POISON_VAL):
             self.config[offset] = int.from_bytes(config[offset : offset + 4], "little")
@@ -332,103 +355,57 @@ class BalloonDevice:
         Raises
         ------
         DriverError
-            If the ring broke.
+            If the ring broke, or the queue has no purpose: the driver numbers its queues by another policy.
         """
         queue = self._queues.get(index)
         if queue is None or self._memory is None:
             return 0
         role = self.role_of(index)
         batch = queue.pop(maximum)
-        chains, segs = batch.chains, batch.segs
-        n = len(chains)
+        n = len(batch)
         if n == 0:
             return 0
-        if role is QueueRole.FREE_PAGE:
-            self._hint_batch(chains, segs)
-        elif role in (QueueRole.INFLATE, QueueRole.DEFLATE):
-            for chain in chains:
-                self._pfn_request(role, segs[chain["first_seg"] : chain["first_seg"] + chain["n_segs"]], chain)
-        else:
-            self.bad_requests["buffer on a queue without a purpose"] += n
-        if queue.push(chains["head"], np.zeros(n, dtype=np.uint32)):
-            self._calls.add(index)
-        self._log_used_ring(queue)
+        if role is None:
+            queue.unpop(n)
+            policy = self.profile.numbering.value
+            raise DriverError(
+                f"a buffer came on this queue, which has no purpose under the features {self.negotiated:#x}: the "
+                f"driver numbers its queues by another policy than {policy}",
+                queue=index,
+                clause="balloon.queues-1",
+            )
+        heads = batch.heads.copy()
+        back: list[int] = []
+        acted = 0
+        try:
+            if role is QueueRole.FREE_PAGE:
+                acted = n  # whatever becomes of the hint, it is not taken in twice
+                self._hint_batch(batch.chains, batch.segs)
+            for chain in batch.chains[acted:]:
+                first = int(chain["first_seg"])
+                back += self._request(role, batch.segs[first : first + int(chain["n_segs"])], chain)
+                acted += 1
+        finally:
+            # What failed half way stays available: it is acknowledged only when it has been done.
+            if acted < n:
+                queue.unpop(heads=heads[acted:])
+            done = heads if role is QueueRole.FREE_PAGE else np.asarray(back, dtype=np.uint32)
+            if len(done) and queue.push(done):
+                self._calls.add(index)
+            self._log_used_ring(queue)
         return n
+
+    def _request(self, role: QueueRole, segs: npt.NDArray[Any], chain: Any) -> list[int]:
+        """Let one buffer take effect; return the heads to give back."""
+        if role is QueueRole.STATS:
+            return self._stats_buffer(segs, chain)
+        if role is QueueRole.REPORTING:
+            self._report(segs, chain)
+        else:
+            self._pfn_request(role, segs, chain)
+        return [int(chain["head"])]
 
     def _log_used_ring(self, queue: DeviceQueue) -> None:
         if self.dirty_log is not None:
             pages = queue.used_pages
             self.dirty_log.mark(pages.start, len(pages))
-
-    def _gather(self, segs: npt.NDArray[Any]) -> bytes:
-        assert self._memory is not None
-        return b"".join(self._memory.read(int(s["addr"]), int(s["len"])) for s in segs)
-
-    # -- free page hinting ----------------------------------------------------------------------------------------
-
-    def _hint_batch(self, chains: npt.NDArray[Any], segs: npt.NDArray[Any]) -> None:
-        """Handle chains in order; runs of page chains between commands are handled as one."""
-        commands = np.flatnonzero(chains["n_readable"] > 0)
-        start = 0
-        for at in [*commands.tolist(), len(chains)]:
-            if at > start:
-                first = int(chains[start]["first_seg"])
-                end = int(chains[at - 1]["first_seg"]) + int(chains[at - 1]["n_segs"])
-                self._hint_pages(segs["addr"][first:end].copy(), segs["len"][first:end].astype(np.uint64))
-            if at < len(chains):
-                self._hint_command(chains[at], segs)
-            start = at + 1
-
-    def _hint_command(self, chain: Any, segs: npt.NDArray[Any]) -> None:
-        first, count = int(chain["first_seg"]), int(chain["n_segs"])
-        if int(chain["readable"]) != 4 or int(chain["n_readable"]) != count:
-            self.bad_requests["hint command that is not exactly 4 readable bytes"] += 1  # balloon.hint.driver-1
-            return
-        command_id = int.from_bytes(self._gather(segs[first : first + count]), "little")
-        if self.tap is not None:
-            self.tap.command(command_id)
-        if self.hinting.guest_command(command_id) is Action.IGNORE:
-            self.bad_requests["hint command without effect in this state"] += 1
-        self._publish(notify=False)  # START and STOP may read differently; the driver caused it and needs no interrupt
-
-    def _hint_pages(self, addr: U64, length: U64) -> None:
-        if self.tap is not None:
-            self.tap.pages(addr, length)
-        if self.hinting.handle(HintEvent.GUEST_PAGES) is not Action.APPLY:
-            self.bad_requests["hint outside a run"] += len(addr)
-        elif self.hint_sink is not None:
-            self.hint_sink(self.hinting.command_id, addr, length)
-
-    # -- inflate and deflate --------------------------------------------------------------------------------------
-
-    def _pfn_request(self, role: QueueRole, segs: npt.NDArray[Any], chain: Any) -> None:
-        """One array of 32-bit little-endian PFNs of 4096 bytes, however it is cut into descriptors."""
-        if int(chain["n_readable"]) != len(segs) or int(chain["readable"]) > MAX_REQUEST_BYTES:
-            self.bad_requests[f"{role.value}: buffer that is writable or too long"] += 1
-            return
-        data = self._gather(segs)
-        if len(data) % 4:
-            self.bad_requests[f"{role.value}: length that is no multiple of 4"] += 1
-        pfns = np.unique(np.frombuffer(data, dtype="<u4", count=len(data) // 4).astype(np.uint64))
-        assert self._memory is not None
-        inside = np.zeros(len(pfns), dtype=np.bool_)
-        for region in self._memory.regions:
-            inside |= (pfns >= region.gpa >> PAGE_SHIFT) & (pfns < region.end >> PAGE_SHIFT)
-        if not inside.all():
-            self.bad_requests[f"{role.value}: PFN outside RAM"] += int((~inside).sum())
-            pfns = pfns[inside]
-        if not len(pfns):
-            return
-        breaks = np.flatnonzero(np.diff(pfns) != 1) + 1
-        firsts = pfns[np.concatenate(([0], breaks))]
-        counts = np.diff(np.concatenate(([0], breaks, [len(pfns)]))).astype(np.uint64)
-        for first, count in zip(firsts.tolist(), counts.tolist(), strict=True):
-            if role is QueueRole.INFLATE:
-                bitmap.set_run(self._ballooned, first, count)
-            else:
-                bitmap.clear_run(self._ballooned, first, count)
-        if role is QueueRole.INFLATE and self.discard is not None:
-            addr, length = firsts << np.uint64(PAGE_SHIFT), counts << np.uint64(PAGE_SHIFT)
-            self.discard(addr, length)
-            if self.dirty_log is not None:  # no guest-side tracker sees the device drop a page
-                self.dirty_log.mark_ranges(addr, length)

@@ -4,7 +4,19 @@ from __future__ import annotations
 
 from enum import Enum, IntFlag
 
-__all__ = ["BalloonFeature", "QueueRole", "role_feature"]
+from vring.errors import UsageError
+from vring.features import CommonFeature
+
+__all__ = [
+    "ALL_BALLOON_FEATURES",
+    "FEATURE_NAMES",
+    "RING_FEATURES",
+    "BalloonFeature",
+    "QueueRole",
+    "feature_names",
+    "parse_features",
+    "role_feature",
+]
 
 DEVICE_ID = 5
 """Virtio device type of the traditional memory balloon."""
@@ -19,6 +31,65 @@ class BalloonFeature(IntFlag):
     FREE_PAGE_HINT = 1 << 3
     PAGE_POISON = 1 << 4
     REPORTING = 1 << 5
+
+
+ALL_BALLOON_FEATURES = int(sum(BalloonFeature))
+"""All six."""
+RING_FEATURES = int(CommonFeature.VERSION_1 | CommonFeature.EVENT_IDX | CommonFeature.INDIRECT_DESC)
+"""What the split ring of this project can do; offered and accepted unless one says otherwise."""
+FEATURE_NAMES = {
+    "must-tell-host": BalloonFeature.MUST_TELL_HOST,
+    "stats": BalloonFeature.STATS_VQ,
+    "deflate-on-oom": BalloonFeature.DEFLATE_ON_OOM,
+    "hint": BalloonFeature.FREE_PAGE_HINT,
+    "poison": BalloonFeature.PAGE_POISON,
+    "reporting": BalloonFeature.REPORTING,
+}
+"""Names for a command line."""
+
+
+def parse_features(text: str) -> int:
+    """Return feature bits for what a user wrote.
+
+    Parameters
+    ----------
+    text
+        Names of `FEATURE_NAMES` with commas between (``hint,stats``), ``all``, ``none``, or a number with all bits,
+        ring features included. A name after a minus sign is taken away again: ``all,-reporting``.
+
+    Returns
+    -------
+    int
+        For names, with `RING_FEATURES`.
+
+    Raises
+    ------
+    UsageError
+        If a name is unknown; the message lists them.
+    """
+    try:
+        return int(text, 0)
+    except ValueError:
+        pass
+    bits = 0
+    for word in text.lower().replace("_", "-").split(","):
+        name = word.strip()
+        if name == "all":
+            bits = ALL_BALLOON_FEATURES
+        elif name.removeprefix("-") in FEATURE_NAMES:
+            bit = int(FEATURE_NAMES[name.removeprefix("-")])
+            bits = bits & ~bit if name.startswith("-") else bits | bit
+        elif name not in ("none", ""):
+            raise UsageError(
+                f"no feature {name!r}; there are {', '.join(FEATURE_NAMES)}, all, none, a minus sign before a name, "
+                "or a number"
+            )
+    return bits | RING_FEATURES
+
+
+def feature_names(bits: int) -> list[str]:
+    """Return the names of the balloon features among `bits`."""
+    return [name for name, bit in FEATURE_NAMES.items() if bits & bit]
 
 
 class QueueRole(Enum):

@@ -8,6 +8,7 @@ import logging
 import signal
 import sys
 
+from balloon_dev.features import parse_features
 from balloon_dev.profiles import PROFILES, profile_named
 from guest_driver.balloon import DEFAULT_FEATURES, FreeAt
 from guest_driver.process import GuestOptions, GuestProcess, die_with_parent
@@ -18,6 +19,13 @@ from vring.sizes import parse_size
 EXIT = {UsageError: 2, MissingFacility: 3, DeviceError: 4, PeerVanished: 5}
 
 
+def _features(text: str) -> int:
+    try:
+        return parse_features(text)
+    except UsageError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Parse the arguments, run a guest, return the exit code."""
     parser = argparse.ArgumentParser(prog="python -m guest_driver", description=__doc__, epilog=f"Workloads: {FORMS}")
@@ -26,7 +34,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--workload", default="churn", help="what the guest does with its memory")
     parser.add_argument("--seed", default=1, type=int, help="of contents and of the workload's choices")
     parser.add_argument("--profile", default="spec", choices=sorted(PROFILES), help="how queues are numbered")
-    parser.add_argument("--features", default=DEFAULT_FEATURES, type=lambda t: int(t, 0), help="feature bits to accept")
+    parser.add_argument(
+        "--features", default=DEFAULT_FEATURES, type=_features, help="features to accept: all, hint,stats or a number"
+    )
+    parser.add_argument(
+        "--poison", default=None, type=lambda t: int(t, 0), help="value that freed pages are filled with"
+    )
     parser.add_argument("--batch", default=64, type=int, help="hint blocks allocated and published at a time")
     parser.add_argument("--free-at", default="done", choices=["done", "stop"], help="when hinted blocks are freed")
     parser.add_argument("--dirty-log", default="auto", choices=["auto", "wp-async", "software"])
@@ -48,6 +61,7 @@ def main(arguments: list[str] | None = None) -> int:
         seed=args.seed,
         profile=profile_named(args.profile),
         features=args.features,
+        poison=args.poison,
         batch=args.batch,
         free_at=FreeAt[args.free_at.upper()],
         dirty_log=args.dirty_log,

@@ -12,6 +12,7 @@ from math import isqrt
 import numpy as np
 
 from guest_driver._page_alloc import lib
+from guest_driver.compaction import plan
 from guest_driver.layout import KernelArea
 from guest_driver.zone import (
     HINT_ORDER,
@@ -36,6 +37,7 @@ __all__ = [
     "AllocatorError",
     "CheckResult",
     "MemoryManager",
+    "Mover",
     "OomNotifier",
     "Owner",
     "Pfns",
@@ -47,6 +49,9 @@ Shrinker = Callable[[int], int]
 """``shrinker(pages wanted) -> pages freed``."""
 OomNotifier = Callable[[], int]
 """``notifier() -> pages freed``."""
+Mover = Callable[[Pfns, Pfns], bool]
+"""``mover(old pages, new pages) -> accepted``: whoever owns the old pages uses the new ones instead and frees the old
+ones, sooner or later. The new ones already belong to it."""
 
 _ATOMIC: int = lib.PA_ATOMIC
 _RECLAIM_ROUNDS = 16
@@ -69,6 +74,7 @@ class MemoryManager(Zone):
         super().__init__(memory, kernel)
         self._shrinkers: list[Shrinker] = []
         self._notifiers: list[OomNotifier] = []
+        self._movers: dict[int, Mover] = {}
         self._reclaiming = False
         self.reclaims = 0
         """How often an allocation of this process had to reclaim."""
@@ -284,3 +290,69 @@ class MemoryManager(Zone):
         finally:
             self._reclaiming = False
         return got
+
+    # -- compaction ---------------------------------------------------------------------------------------------------
+
+    def register_mover(self, owner: int, mover: Mover) -> None:
+        """Let pages of an owner, all of order 0, be moved by `compact`."""
+        self._movers[owner] = mover
+
+    def unregister_mover(self, owner: int) -> None:
+        """Undo `register_mover`; an unknown owner is ignored."""
+        self._movers.pop(owner, None)
+
+    def compact(self, order: int = HINT_ORDER, limit: int = 256) -> int:
+        """Begin to move pages so that one more block of 2^order pages becomes free.
+
+        The pages are replaced by others outside the block, none of which is cut from a block that large. When the move
+        is over depends on the owner: the balloon needs two requests to its device, which its driver's steps see to.
+
+        Parameters
+        ----------
+        order
+            Of the block wanted.
+        limit
+            Pages to move at most.
+
+        Returns
+        -------
+        int
+            Pages that are being moved; 0 if there is nothing to gain, or an owner is busy.
+        """
+        for owner, mover in tuple(self._movers.items()):
+            chosen = plan(self, order, owner, limit)
+            if chosen is None:
+                continue
+            new = self._pages_outside(chosen.start, chosen.end, len(chosen.pages), owner)
+            if len(new) == len(chosen.pages) and mover(chosen.pages, new):
+                return len(new)
+            self.free_bulk(new)
+        return 0
+
+    def _pages_outside(self, start: int, end: int, n: int, owner: int) -> Pfns:
+        """Allocate up to `n` pages that are not in ``[start, end)``."""
+        outside: list[Pfns] = []
+        aside: list[Pfns] = []  # kept while we look, or we would get them again
+        while n:
+            pages = self.alloc_pages_bulk(0, n, owner, Alloc.NORETRY)
+            if not len(pages):
+                break
+            within = (pages >= start) & (pages < end)
+            outside.append(pages[~within])
+            aside.append(pages[within])
+            n -= len(outside[-1])
+        for pages in aside:
+            self.free_bulk(pages)
+        return np.concatenate(outside) if outside else np.empty(0, dtype=np.uint64)
+
+    def poison_free_pages(self) -> None:
+        """Fill all pages that are free now with the poison value, as if each had been allocated and freed.
+
+        For a guest that turns poisoning on after boot, before its balloon driver is probed (balloon.report.driver-2).
+        """
+        taken = []
+        for order in reversed(range(MAX_ORDER)):
+            pages = self.alloc_pages_bulk(order, self.free_blocks(order), Owner.KERNEL, Alloc.ATOMIC)
+            taken.append((pages, order))
+        for pages, order in reversed(taken):
+            self.free_bulk(np.ascontiguousarray(pages[::-1]), order)

@@ -56,6 +56,8 @@ class GuestOptions:
     features: int = DEFAULT_FEATURES
     batch: int = 64
     free_at: FreeAt = FreeAt.DONE
+    poison: int | None = None
+    """32-bit value that freed pages are filled with, None for none."""
     dirty_log: str = "auto"
     """``wp-async``, ``software``, or ``auto``: the first that works."""
     control: int = -1
@@ -64,7 +66,8 @@ class GuestOptions:
     """Descriptor of RAM that holds a migrated guest to go on with, -1 to boot a fresh one."""
     bases: dict[int, int] = field(default_factory=dict)
     """With `ram`: avail index of each queue, as the device saved them."""
-    queue_sizes: tuple[int, ...] = (128, 128, 128, 1024, 32)
+    queue_sizes: tuple[int, ...] = (1024,) * 5
+    """Largest sizes by queue number; the profile's hold as well."""
 
 
 class GuestProcess:
@@ -173,6 +176,9 @@ class GuestProcess:
         self._clock = self.memory.array(clock, 1, np.float64)
         self._resumed_at = time.monotonic()
         self._introduce()
+        if options.ram < 0 and options.poison is not None:
+            self.manager.poison = options.poison
+            self.manager.poison_free_pages()  # log and journal see it
         self.transport = VhostUserTransport(options.socket, self.memory, queue_sizes=options.queue_sizes)
         common: dict[str, Any] = {"profile": options.profile, "batch": options.batch, "free_at": options.free_at}
         if options.ram >= 0:
@@ -237,7 +243,7 @@ class GuestProcess:
     def _serve_driver(self) -> bool:
         """Let the driver work a bounded while; return whether it wants more."""
         self.driver.interrupt(self.transport.interrupts())
-        return all(self.driver.step() for _ in range(SLICE_STEPS))
+        return all(self.driver.step(self._guest_time()) for _ in range(SLICE_STEPS))
 
     def run(self) -> None:
         """Run until told to quit.
@@ -260,7 +266,7 @@ class GuestProcess:
                 continue
             busy = self._serve_driver()
             now = self._guest_time()
-            wake = self.workload.step(now)
+            wake = min(self.workload.step(now), self.driver.next_wake)
             timeout = 0.0 if busy else min(max(wake - self._guest_time(), 0.0), 0.5)
             if poll.poll(timeout * 1000):
                 self.transport.check_alive()

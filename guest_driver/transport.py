@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from vring.split import QueueLayout
 
-__all__ = ["Interrupts", "Transport"]
+__all__ = ["CanWait", "Interrupts", "Transport"]
 
 
 @dataclass(slots=True)
@@ -58,3 +58,17 @@ class Transport(Protocol):
 
     def close(self) -> None:
         """Give everything back."""
+
+
+@runtime_checkable
+class CanWait(Protocol):
+    """A transport that can also wait, for the one place where a driver has to: memory has run out."""
+
+    def wait(self, index: int) -> bool:
+        """Wait for an interrupt of a queue, for a time the transport thinks right.
+
+        Returns
+        -------
+        bool
+            Whether one came, so that it is worth looking; False means give up.
+        """

@@ -23,6 +23,8 @@ __all__ = ["VhostUserTransport"]
 WANTED = ProtocolFeature.REPLY_ACK | ProtocolFeature.BACKEND_REQ | ProtocolFeature.CONFIG | ProtocolFeature.MQ
 NEEDED = ProtocolFeature.BACKEND_REQ | ProtocolFeature.CONFIG
 QUEUE_SIZE_MAX = 1024
+WAIT_MS = 1000
+"""How long a driver that has run out of memory waits for the device to use a buffer."""
 
 
 class VhostUserTransport:
@@ -184,6 +186,26 @@ class VhostUserTransport:
         self._read_requests()
         pending, self._pending = self._pending, Interrupts()
         return pending
+
+    def wait(self, index: int) -> bool:
+        """Wait up to `WAIT_MS` for an interrupt of a queue; it is reported by `interrupts` all the same.
+
+        Raises
+        ------
+        PeerVanished
+            If the back end is gone.
+        """
+        call = self._calls[index]
+        poll = select.poll()
+        poll.register(call, select.POLLIN)
+        poll.register(self._socket, select.POLLRDHUP)
+        ready = [fd for fd, _ in poll.poll(WAIT_MS)]
+        if call in ready:
+            os.eventfd_read(call)
+            self._pending.queues.add(index)
+            return True
+        self.check_alive()
+        return False
 
     def _read_requests(self) -> None:
         if self._mine is None:

@@ -278,6 +278,42 @@ class Zone:
         freed: int = lib.pa_free_owned(self._view, start, end, owner, _ANY if tag is None else tag)
         return self._check(freed, f"freeing the blocks of owner {owner}")
 
+    # -- free page reporting --------------------------------------------------------------------------------------
+
+    def report_take(self, n: int) -> Pfns:
+        """Take up to `n` free blocks of `HINT_ORDER` that the host was not told of out of the free list.
+
+        They belong to `Owner.REPORT` until `report_return`. The watermark is respected, no page is touched and no
+        statistics change.
+        """
+        out = np.empty(n, dtype=np.uint64)
+        got: int = lib.pa_report_take(self._view, n, pfn_pointer(out)) if n else 0
+        return out[: self._check(got, "taking blocks to report")]
+
+    def report_return(self, pfns: Pfns, *, reported: bool) -> None:
+        """Put blocks of `Owner.REPORT` back, to be used after all others.
+
+        Parameters
+        ----------
+        pfns
+            First pages, as `report_take` gave them.
+        reported
+            Whether the host has acknowledged them: then they are not reported again before they were allocated.
+
+        Raises
+        ------
+        UsageError
+            If one is no such block; those before it are back.
+        """
+        if len(pfns):
+            code = lib.pa_report_return(self._view, len(pfns), pfn_pointer(pfns), reported)
+            self._check(code, "putting reported blocks back")
+
+    @property
+    def reported_blocks(self) -> int:
+        """Free blocks of `HINT_ORDER` that the host knows to be free."""
+        return self._check(lib.pa_report_marked(self._view), "counting reported blocks")
+
     # -- walks --------------------------------------------------------------------------------------------------------
 
     def owned(self, owner: int | None = None, tag: int | None = None) -> tuple[Pfns, npt.NDArray[np.uint8]]:

@@ -222,7 +222,7 @@ def resume(
         state, transport = saved["device"], saved["transport"]
         device = BalloonDevice(int(state["offered"]), profile=profile_named(str(state["profile"])))
         bases = {int(r["index"]): int(r["base"]) for r in transport["rings"]}
-        arguments = _resume_arguments(receiver.header["resume"])
+        arguments = _resume_arguments(receiver.header.get("resume", {}))
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise UsageError(f"the device state in the stream is malformed: {error!r}") from error
     device.discard = Discarder(memory)
@@ -270,9 +270,8 @@ def resume(
 def _resume_arguments(wanted: dict[str, Any]) -> list[str]:
     """Return the guest's command line for what the header asks; it came from outside, so only what is known passes."""
     found = []
-    for name, allowed in RESUME_OPTIONS.items():
-        value = str(wanted[name])
-        if allowed.fullmatch(value) is None:
+    for name, value in ((name, str(value)) for name, value in wanted.items()):
+        if name not in RESUME_OPTIONS or RESUME_OPTIONS[name].fullmatch(value) is None:
             raise ValueError(f"{name} {value!r}")
         found += [f"--{name.replace('_', '-')}", value]
     return found

@@ -410,10 +410,14 @@ class VhostUserBackend:
     def _stop_ring(self, index: int) -> None:
         ring = self._rings[index]
         if ring.queue is not None:
-            ring.base = ring.queue.next_avail
+            ring.base = self._base(index, ring.queue)
             ring.queue = None
             self.loop.unwatch(ring.kick)
             self.device.detach_queue(index)
+
+    def _base(self, index: int, queue: DeviceQueue) -> int:
+        """Avail index to go on from; buffers that the device holds are popped again there."""
+        return queue.next_avail - self.device.held_buffers(index) & 0xFFFF
 
     def _kicked(self, index: int) -> None:
         with contextlib.suppress(BlockingIOError):
@@ -478,7 +482,7 @@ class VhostUserBackend:
         rings = []
         for index, ring in enumerate(self._rings):
             if ring.queue is not None:
-                rings.append({"index": index, "size": ring.size, "base": ring.queue.next_avail})
+                rings.append({"index": index, "size": ring.size, "base": self._base(index, ring.queue)})
         return {"features": self.features & ~vu.F_PROTOCOL_FEATURES, "rings": rings}
 
 

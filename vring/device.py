@@ -55,6 +55,12 @@ class Device(Protocol):
     def detach_queue(self, index: int) -> None:
         """Stop using a queue."""
 
+    def held_buffers(self, index: int) -> int:
+        """How many buffers popped from a queue the device keeps for later, always the last ones popped.
+
+        A base index saved for the queue is less by so many: whoever goes on from there finds them again.
+        """
+
     def process(self, index: int) -> int:
         """Serve what is available on a queue, at most one batch; return how many buffers that was.
 

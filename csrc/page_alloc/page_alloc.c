@@ -25,7 +25,7 @@ static void list_push(struct pa_zone *zone, struct pa_page *map, uint32_t at, ui
 
 /* Take a free block off its list. RAM may have come out of a migration damaged, so links are checked before
  * they are followed: a broken one is reported, never written through. */
-static int list_remove(struct pa_zone *zone, struct pa_page *map, uint32_t at, uint32_t order)
+int pa_list_remove(struct pa_zone *zone, struct pa_page *map, uint32_t at, uint32_t order)
 {
     struct pa_free_area *area = &zone->free_area[order];
     struct pa_page *page = &map[at];
@@ -147,7 +147,7 @@ static int64_t take_block(struct pa_zone *zone, struct pa_page *map, uint32_t or
         uint64_t pages = zone->end_pfn - zone->base_pfn;
         if (at >= pages || (uint64_t)1 << k > pages - at)
             return PA_ECORRUPT;
-        int error = list_remove(zone, map, at, k);
+        int error = pa_list_remove(zone, map, at, k);
         if (error)
             return error;
         *from = k;
@@ -260,7 +260,7 @@ int pa_free(const struct pa_view *view, uint64_t pfn, uint32_t order)
         const struct pa_page *other = &map[buddy - base];
         if (other->flags != PA_F_FREE || other->order != order)
             break;
-        error = list_remove(zone, map, (uint32_t)(buddy - base), order);
+        error = pa_list_remove(zone, map, (uint32_t)(buddy - base), order);
         if (error)
             break; /* the lists were damaged before; the block itself is freed all the same */
         pfn &= buddy;

@@ -158,6 +158,21 @@ int64_t pa_free_bulk(const struct pa_view *view, uint32_t order, uint64_t n, con
 int64_t pa_free_owned(const struct pa_view *view, uint64_t start_pfn, uint64_t end_pfn, uint32_t owner,
                       uint32_t tag);
 
+/* ---- free page reporting ---- */
+
+/* A free block of the largest order can carry a mark in `tag`: the host has been told that it is free. The mark is gone
+ * as soon as the block is allocated, split or freed again, so nothing is reported twice without having been in use. */
+#define PA_TAG_REPORTED 1
+
+/* Take up to `n` free, unmarked blocks of the largest order off the free list, without going below the watermark; they
+ * belong to PA_OWNER_REPORT. Their pages are not touched and no statistics change. Returns how many, or PA_ECORRUPT. */
+int64_t pa_report_take(const struct pa_view *view, uint64_t n, uint64_t *out);
+/* Put such blocks back, marked if `reported`, behind all others of the list, so that they are used last. Nothing is
+ * poisoned. Returns 0; PA_EPFN, PA_ENOTALLOC if one is no block of PA_OWNER_REPORT (those before it are back). */
+int pa_report_return(const struct pa_view *view, uint64_t n, const uint64_t *pfns, uint32_t reported);
+/* How many free blocks of the largest order are marked; or PA_ECORRUPT. */
+int64_t pa_report_marked(const struct pa_view *view);
+
 /* ---- walks ---- */
 
 /* Or the bits of the pages that belong to `owner` into `map`, bit = pfn, `words` long.

@@ -42,6 +42,9 @@ static inline uint64_t pa_block_pages(const struct pa_zone *zone, const struct p
     return pages <= zone->end_pfn - zone->base_pfn - at ? pages : 0;
 }
 
+/* page_alloc.c: take a free block off its list. 0, or PA_ECORRUPT with nothing changed. */
+int pa_list_remove(struct pa_zone *zone, struct pa_page *map, uint32_t at, uint32_t order);
+
 /* page_content.c: overwrite a block's pages with the poison value, stamping the journal around it. */
 void pa_poison_block(const struct pa_view *view, uint64_t pfn, uint32_t order, uint32_t value);
 

@@ -1,0 +1,201 @@
+"""What the buffers on each queue mean to a balloon device: hints, PFNs, reports, statistics.
+
+Whatever is merely a bad request is counted and returned without effect; the queue lives on. Taking buffers off the
+rings and giving them back is `balloon_dev.device`'s.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from balloon_dev.config import POISON_VAL, BalloonConfig
+from balloon_dev.features import BalloonFeature, QueueRole
+from balloon_dev.hinting import Action, HintEvent, HintRun
+from balloon_dev.stats import ENTRY, MAX_ENTRIES, GuestStats
+from vring import bitmap
+from vring.dirty.software import SoftwareDirtyLog
+from vring.memory import PAGE_SHIFT, PAGE_SIZE, GuestMemory
+
+__all__ = ["Discard", "HintSink", "Requests", "RingTap"]
+
+U64 = npt.NDArray[np.uint64]
+HintSink = Callable[[int, U64, U64], None]
+Discard = Callable[[U64, U64], None]
+
+MAX_REQUEST_BYTES = 1 << 20
+"""A list of PFNs longer than this is a bad request: no driver sends one."""
+MAX_REPORT_RANGES = 256
+"""Ranges of one report; Linux sends 32."""
+_STATS_BYTES = (MAX_ENTRIES + 1) * ENTRY.itemsize
+
+
+class RingTap(Protocol):
+    """Sees what the driver put on the free page queue, before the device judges it."""
+
+    def command(self, command_id: int) -> None:
+        """See a 4-byte command."""
+
+    def pages(self, addr: U64, length: U64) -> None:
+        """See blocks of pages, guest addresses and bytes."""
+
+
+class Requests:
+    """The part of `balloon_dev.device.BalloonDevice` that gives buffers their meaning."""
+
+    config: BalloonConfig
+    hinting: HintRun
+    bad_requests: Counter[str]
+    negotiated: int
+    host_page: int
+    discard: Discard | None
+    hint_sink: HintSink | None
+    tap: RingTap | None
+    dirty_log: SoftwareDirtyLog | None
+    _memory: GuestMemory | None
+    _ballooned: bitmap.Bitmap
+
+    def __init__(self) -> None:
+        self.stats = GuestStats()
+        """The guest's memory statistics as it sent them last."""
+        self.counters: Counter[str] = Counter()
+        """What was done since the device was made: pages inflated and deflated, bytes reported and discarded."""
+        self._held_stats: int | None = None
+
+    def _gather(self, segs: npt.NDArray[Any], limit: int | None = None) -> bytes:
+        """Return the bytes of a buffer, however it is cut into descriptors; at most `limit`."""
+        assert self._memory is not None
+        parts, left = [], limit
+        for seg in segs:
+            length = int(seg["len"]) if left is None else min(int(seg["len"]), left)
+            parts.append(self._memory.read(int(seg["addr"]), length))
+            left = None if left is None else left - length
+        return b"".join(parts)
+
+    def _publish(self, *, notify: bool = True) -> None:
+        """Show the state of the hint run in the config space."""
+        raise NotImplementedError
+
+    @property
+    def poison_val(self) -> int:
+        """The value the guest fills free pages with, as far as it has told (balloon.poison.device-1); 0 otherwise."""
+        return self.config[POISON_VAL] if self.negotiated & BalloonFeature.PAGE_POISON else 0
+
+    # -- free page hinting ----------------------------------------------------------------------------------------
+
+    def _hint_batch(self, chains: npt.NDArray[Any], segs: npt.NDArray[Any]) -> None:
+        """Handle chains in order; runs of page chains between commands are handled as one."""
+        commands = np.flatnonzero(chains["n_readable"] > 0)
+        start = 0
+        for at in [*commands.tolist(), len(chains)]:
+            if at > start:
+                first = int(chains[start]["first_seg"])
+                end = int(chains[at - 1]["first_seg"]) + int(chains[at - 1]["n_segs"])
+                self._hint_pages(segs["addr"][first:end].copy(), segs["len"][first:end].astype(np.uint64))
+            if at < len(chains):
+                self._hint_command(chains[at], segs)
+            start = at + 1
+
+    def _hint_command(self, chain: Any, segs: npt.NDArray[Any]) -> None:
+        first, count = int(chain["first_seg"]), int(chain["n_segs"])
+        if int(chain["readable"]) != 4 or int(chain["n_readable"]) != count:
+            self.bad_requests["hint command that is not exactly 4 readable bytes"] += 1  # balloon.hint.driver-1
+            return
+        command_id = int.from_bytes(self._gather(segs[first : first + count]), "little")
+        if self.tap is not None:
+            self.tap.command(command_id)
+        if self.hinting.guest_command(command_id) is Action.IGNORE:
+            self.bad_requests["hint command without effect in this state"] += 1
+        self._publish(notify=False)  # START and STOP may read differently; the driver caused it and needs no interrupt
+
+    def _hint_pages(self, addr: U64, length: U64) -> None:
+        if self.tap is not None:
+            self.tap.pages(addr, length)
+        if self.hinting.handle(HintEvent.GUEST_PAGES) is not Action.APPLY:
+            self.bad_requests["hint outside a run"] += len(addr)
+        elif self.hint_sink is not None:
+            self.hint_sink(self.hinting.command_id, addr, length)
+
+    # -- inflate and deflate --------------------------------------------------------------------------------------
+
+    def _pfn_request(self, role: QueueRole, segs: npt.NDArray[Any], chain: Any) -> None:
+        """One array of 32-bit little-endian PFNs of 4096 bytes, however it is cut into descriptors."""
+        if int(chain["n_readable"]) != len(segs) or int(chain["readable"]) > MAX_REQUEST_BYTES:
+            self.bad_requests[f"{role.value}: buffer that is writable or too long"] += 1
+            return
+        data = self._gather(segs)
+        if len(data) % 4:
+            self.bad_requests[f"{role.value}: length that is no multiple of 4"] += 1
+        pfns = np.unique(np.frombuffer(data, dtype="<u4", count=len(data) // 4).astype(np.uint64))
+        assert self._memory is not None
+        inside = np.zeros(len(pfns), dtype=np.bool_)
+        for region in self._memory.regions:
+            inside |= (pfns >= region.gpa >> PAGE_SHIFT) & (pfns < region.end >> PAGE_SHIFT)
+        if not inside.all():
+            self.bad_requests[f"{role.value}: PFN outside RAM"] += int((~inside).sum())
+            pfns = pfns[inside]
+        if not len(pfns):
+            return
+        breaks = np.flatnonzero(np.diff(pfns) != 1) + 1
+        firsts = pfns[np.concatenate(([0], breaks))]
+        counts = np.diff(np.concatenate(([0], breaks, [len(pfns)]))).astype(np.uint64)
+        inflate = role is QueueRole.INFLATE
+        if inflate:
+            self._discard(firsts << np.uint64(PAGE_SHIFT), counts << np.uint64(PAGE_SHIFT))
+        change = bitmap.set_run if inflate else bitmap.clear_run
+        for first, count in zip(firsts.tolist(), counts.tolist(), strict=True):
+            change(self._ballooned, first, count)
+        self.counters["pages inflated" if inflate else "pages deflated"] += len(pfns)
+
+    def _discard(self, addr: U64, length: U64) -> None:
+        """Let the host drop pages, and log that they changed: no guest-side tracker sees it."""
+        if self.discard is None:
+            return
+        self.discard(addr, length)
+        self.counters["bytes discarded"] += int(length.sum())
+        if self.dirty_log is not None:
+            self.dirty_log.mark_ranges(addr, length)
+
+    # -- free page reporting --------------------------------------------------------------------------------------
+
+    def _report(self, segs: npt.NDArray[Any], chain: Any) -> None:
+        """One report: device-writable ranges of free pages, dropped before the buffer is given back.
+
+        While the guest fills its free pages with a value other than 0 they are left alone, as QEMU does: what comes
+        back would not hold that value (balloon.report.device-2). One range that is not made of whole host pages makes
+        the whole report a bad request.
+        """
+        name = QueueRole.REPORTING.value
+        if int(chain["n_readable"]) or len(segs) > MAX_REPORT_RANGES:
+            self.bad_requests[f"{name}: report that is readable or has more than {MAX_REPORT_RANGES} ranges"] += 1
+            return
+        addr, length = segs["addr"].astype(np.uint64), segs["len"].astype(np.uint64)
+        mask = np.uint64(max(self.host_page, PAGE_SIZE) - 1)
+        if ((addr | length) & mask).any() or not length.all():
+            self.bad_requests[f"{name}: range that is not made of whole host pages"] += 1
+            return
+        self.counters["bytes reported"] += int(length.sum())
+        if not self.poison_val:
+            self._discard(addr, length)
+
+    # -- statistics -----------------------------------------------------------------------------------------------
+
+    def _stats_buffer(self, segs: npt.NDArray[Any], chain: Any) -> list[int]:
+        """Take in a statistics buffer and hold it. Return heads to give back: its own if it is no good, or the one
+        held before, since a driver may have only one with the device (balloon.stats.driver-1).
+        """
+        head, name = int(chain["head"]), QueueRole.STATS.value
+        if int(chain["n_readable"]) != len(segs):
+            self.bad_requests[f"{name}: buffer that is writable"] += 1
+            return [head]
+        for what, times in self.stats.take(self._gather(segs, _STATS_BYTES)).items():
+            self.bad_requests[f"{name}: {what}"] += times
+        before, self._held_stats = self._held_stats, head
+        if before is None:
+            return []
+        self.bad_requests[f"{name}: more than one buffer"] += 1
+        return [before]
