@@ -54,6 +54,11 @@ def test_qemus_library_balloons_and_migrates(serve, tmp_path):
         with pytest.raises(ExecuteError) as caught:
             await qmp.execute("device_add")
         assert caught.value.error_class == "CommandNotFound"
+        balloon = {"path": "/machine/peripheral/balloon0"}
+        await qmp.execute("qom-set", {**balloon, "property": "guest-stats-polling-interval", "value": 1})
+        while not (stats := await qmp.execute("qom-get", {**balloon, "property": "guest-stats"}))["last-update"]:
+            await asyncio.sleep(0.05)
+        assert 0 < stats["stats"]["stat-free-memory"] < 64 * MIB
         hint = await qmp.execute("hint-run", {"deadline": 10})
         assert hint["completed"]
         assert hint["blocks"] > 0

@@ -100,7 +100,7 @@ def test_ctl_without_a_monitor(tmp_path):
 
 def test_wrong_options(tmp_path):
     for arguments, words in [
-        (["--features", "levitation"], "free-page-hint"),
+        (["--features", "levitation"], "deflate-on-oom"),
         (["--target", "many"], "no size"),
         (["--guest", "python", "--memory", "many"], "no size"),
         (["--features", "0x8000000000"], "not served"),
