@@ -87,7 +87,7 @@ def _plain(value: Any) -> str:
 
 
 @click.command(epilog=EXAMPLES)
-@click.argument("socket_path", metavar="SOCKET")
+@click.argument("socket", metavar="SOCKET")
 @click.option("--monitor", metavar="PATH", help="Unix socket that speaks QMP: for `balloon ctl` and QEMU's tools.")
 @click.option("--profile", type=click.Choice(sorted(PROFILES)), default="spec", show_default=True)
 @click.option("--features", metavar="LIST", help="Such as hint,stats or all; default: hint,stats,deflate-on-oom.")
@@ -98,7 +98,7 @@ def _plain(value: Any) -> str:
 @click.option("--seed", type=int, default=1, show_default=True, help="Of that guest.")
 @click.option("--json-log", is_flag=True, help="One JSON object a line on stdout for everything that happens.")
 @click.option("-q", "--quiet", is_flag=True, help="Tell nothing.")
-def serve(socket_path: str, **options: Any) -> None:
+def serve(**options: Any) -> None:
     """Serve a balloon device on a vhost-user SOCKET until Ctrl-C; front ends may come and go.
 
     The first Ctrl-C (or SIGTERM) cancels a migration, lets the guest have its hinted pages back, removes the sockets
@@ -113,7 +113,7 @@ def serve(socket_path: str, **options: Any) -> None:
         arguments += ["--seed", str(options["seed"]), "--features", hex(features)]
         arguments += [text for name, value in resume.items() for text in (f"--{name.replace('_', '-')}", str(value))]
     serve_options = ServeOptions(
-        socket=socket_path,
+        socket=options["socket"],
         monitor=options["monitor"],
         profile=profile,
         features=features,
