@@ -174,7 +174,7 @@ def _go_on(
         )
     except VirtioError as error:
         if facts["resumed"] is None:
-            _tell(source, receiver.refuse(str(error)))
+            _tell(source, receiver.refuse(str(error), vanished=isinstance(error, PeerVanished)))
         raise
 
 

@@ -262,7 +262,7 @@ class BalloonDevice(Requests):
         Raises
         ------
         UsageError
-            If the state is malformed or from a device that offered other features or had another profile.
+            With nothing changed, if the state is malformed or from a device that offered other features or had another profile.
         """
         try:
             same = (saved["profile"], saved["offered"]) == (self.profile.name, self.offered_features)
@@ -272,21 +272,22 @@ class BalloonDevice(Requests):
             raise UsageError(f"saved device state is malformed: {error!r}") from error
         if not same:
             raise UsageError(
-                f"saved state is of a {saved['profile']!r} device offering {saved['offered']:#x}, "
-                f"this one is {self.profile.name!r} offering {self.offered_features:#x}"
+                f"saved state is of a {saved['profile']!r} device offering {saved['offered']!r}, "
+                f"this one is {self.profile.name!r} offering {self.offered_features!r}"
             )
         if negotiated & ~self.offered_features or len(config) != 16:
             raise UsageError(
                 "saved device state is malformed: features that were not offered, or a config of wrong size"
             )
+        for first, pages in runs:
+            if not 0 <= first <= first + pages <= self._ballooned.size * 64:
+                raise UsageError(f"saved device state is malformed: ballooned pages {first}+{pages} are outside RAM")
         self.hinting.load(hinting)
         self.stats.load(stats)
         self.negotiated = negotiated
         for offset in (NUM_PAGES, ACTUAL, POISON_VAL):
             self.config[offset] = int.from_bytes(config[offset : offset + 4], "little")
         for first, pages in runs:
-            if not 0 <= first <= first + pages <= self._ballooned.size * 64:
-                raise UsageError(f"saved device state is malformed: ballooned pages {first}+{pages} are outside RAM")
             bitmap.set_run(self._ballooned, first, pages)
         self._publish()
 

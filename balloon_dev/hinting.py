@@ -144,7 +144,7 @@ class HintRun:
         """
         try:
             state, command_id = HintState[str(saved["state"])], int(saved["command_id"])
-        except (KeyError, ValueError) as error:
+        except (KeyError, TypeError, ValueError) as error:
             raise UsageError(f"saved hint state {saved!r} is malformed") from error
         if not 0 <= command_id <= 0xFFFFFFFF:
             raise UsageError(f"saved command id {command_id:#x} is not a 32-bit number")

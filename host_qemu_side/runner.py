@@ -294,7 +294,8 @@ class MigrationRunner:
         if record is None:
             return POLL
         if record.kind is Kind.REFUSED:
-            raise StreamError(f"the guest did not go on at the destination: {record.json().get('why')}")
+            kind = PeerVanished if record.json().get("vanished") is True else StreamError
+            raise kind(f"the guest did not go on at the destination: {record.json().get('why')}")
         self.outcome.report = record.json()
         self._end()
         return 0.0
@@ -315,9 +316,16 @@ class MigrationRunner:
         if witness is None:
             return
         outcome.judge = witness.verdict
-        parts = [np.frombuffer(r.payload, "<u8") for r in answers if r.kind is Kind.DIGESTS]
-        if parts:
-            outcome.verdict = witness.verdict(np.concatenate(parts))
+        sizes = [len(r.payload) // 8 for r in answers if r.kind is Kind.DIGESTS]
+        if sizes:
+            digests, at = np.empty(sum(sizes), np.uint64), 0
+            while answers:  # let go of each piece: of a large guest there are many
+                record = answers.pop(0)
+                if record.kind is Kind.DIGESTS:
+                    piece = np.frombuffer(record.payload, "<u8", len(record.payload) // 8)
+                    digests[at : at + len(piece)] = piece
+                    at += len(piece)
+            outcome.verdict = witness.verdict(digests)
         outcome.nonzero_at_start = witness.nonzero_at_start
         outcome.nonzero_outside_hints = witness.nonzero_outside_hints()
         outcome.pages_rewritten = witness.pages_rewritten()

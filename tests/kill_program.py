@@ -14,6 +14,7 @@ import signal
 import socket
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -69,6 +70,23 @@ def keeper_of(linux: Any) -> int:
     return int(linux._keeper.pid)
 
 
+def kill_guest_there() -> None:
+    """Kill the destination's guest as soon as it is started."""
+
+    def hunt() -> None:
+        children = f"/proc/{World.receiver.pid}/task/{World.receiver.pid}/children"
+        while True:
+            with open(children) as stream:
+                for pid in stream.read().split():
+                    with open(f"/proc/{pid}/cmdline") as line:
+                        if "guest_driver" in line.read():
+                            os.kill(int(pid), signal.SIGKILL)
+                            return
+            time.sleep(0.01)
+
+    threading.Thread(target=hunt, daemon=True).start()
+
+
 def fill_disk() -> None:
     """Files of this process can grow no more (its guest has its memory already)."""
     resource.setrlimit(resource.RLIMIT_FSIZE, (2 << 20, 2 << 20))
@@ -78,6 +96,7 @@ ACTIONS: dict[str, Callable[[], object]] = {
     "kill-guest": lambda: os.kill(World.guest.pid, signal.SIGKILL),
     "kill-keeper": lambda: os.kill(keeper_of(World.guest), signal.SIGKILL),
     "kill-receiver": lambda: os.kill(World.receiver.pid, signal.SIGKILL),
+    "kill-guest-there": kill_guest_there,
     "disk-full": fill_disk,
     "kill-source": lambda: os.kill(os.getpid(), signal.SIGKILL),
     "ctrl-c": lambda: os.kill(os.getpid(), signal.SIGINT),

@@ -51,6 +51,9 @@ def expected(when: str, what: str) -> Expected | None:
     """The table: what happens if `what` is done at `when`; None where there is no such thing to do."""
     receiver_is_there = when not in ("boot",)
     handed_over = when in AFTER_COMMIT
+    if what == "kill-guest-there":
+        says = f"the guest did not go on at the destination: .*{AWAY}"
+        return Expected(VANISHED, says) if when == "resuming" else None
     if what == "kill-source":
         return Expected(KILLED)
     if what in ("ctrl-c-twice", "sigterm") and when not in ("boot", "round", "frozen", "resuming"):
@@ -81,6 +84,7 @@ def expected(when: str, what: str) -> Expected | None:
 
 
 ACTIONS = (
+    "kill-guest-there",
     "kill-guest",
     "kill-receiver",
     "kill-source",

@@ -242,13 +242,19 @@ class FileOutput:
                 with contextlib.suppress(FileNotFoundError):
                     os.unlink(self._partial)
                 self._named = True
-                # Only with a folder's descriptor does Python ask for the link to be followed (its value is not used).
-                source = self._file.fileno()
-                os.link(f"/proc/self/fd/{source}", self._partial, src_dir_fd=source, follow_symlinks=True)
+                self._link(self._partial)
             os.rename(self._partial, self.path)
         except OSError as error:
             raise self._full(error) from error
         self._complete = True
+
+    def _link(self, path: str) -> None:
+        # Only with a folder's descriptor does os.link follow the link that /proc has for an open file.
+        folder = os.open("/proc/self/fd", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            os.link(str(self._file.fileno()), path, src_dir_fd=folder, follow_symlinks=True)
+        finally:
+            os.close(folder)
 
     def close(self) -> None:
         """Close; what is incomplete is removed."""

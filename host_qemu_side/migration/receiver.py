@@ -19,6 +19,8 @@ from vring.memory import PAGE_SHIFT, PAGE_SIZE, GuestMemory
 __all__ = ["Receiver", "ReceiverState"]
 
 DIGESTS_PER_RECORD = 1 << 20
+MAX_ADDRESS = PAGE_SIZE << 32
+"""Page numbers have 32 bits in the stream; arrays here are as long as the highest one."""
 
 
 class ReceiverState(Enum):
@@ -115,6 +117,8 @@ class Receiver:
             regions = [(int(gpa), int(size)) for gpa, size in header["regions"]]
             if header["page_size"] != PAGE_SIZE:
                 raise StreamError(f"the stream's pages have {header['page_size']} bytes, this program's {PAGE_SIZE}")
+            if any(gpa + size > MAX_ADDRESS for gpa, size in regions):
+                raise StreamError(f"the header names RAM past {MAX_ADDRESS:#x}, where no record could put a page")
             self.memory = GuestMemory.create(regions, name=self._name)
         except (KeyError, TypeError, ValueError, OverflowError, UsageError) as error:
             raise StreamError(f"the header's memory layout makes no sense: {error}") from error
@@ -164,9 +168,9 @@ class Receiver:
         self.state = ReceiverState.READY if self.header.get("hand_over") else ReceiverState.IMAGE
         return answer
 
-    def refuse(self, why: str) -> list[bytes | memoryview]:
-        """Return the record that tells the source what is wrong."""
-        return self.writer.json(Kind.REFUSED, {"why": why})
+    def refuse(self, why: str, *, vanished: bool = False) -> list[bytes | memoryview]:
+        """Return the record that tells the source what is wrong, and whether it is that the guest died here."""
+        return self.writer.json(Kind.REFUSED, {"why": why, "vanished": vanished})
 
     def report(self, facts: dict[str, Any]) -> list[bytes | memoryview]:
         """Return the record that tells the source what became of the guest."""

@@ -1,0 +1,130 @@
+"""Guest memory: regions and holes, access across regions, objects shared by descriptor, memory of somebody else."""
+
+from __future__ import annotations
+
+import os
+
+import numpy as np
+import pytest
+
+from host_qemu_side.discard import Discarder, punch_hole
+from host_qemu_side.migration.ram import populated
+from vring import bitmap
+from vring.errors import GuestAddressError, UsageError
+from vring.memory import GuestMemory, Region
+
+PAGE = 4096
+
+
+@pytest.fixture
+def memory():
+    """Two regions that touch, a hole, and a third."""
+    with GuestMemory.create([(0, 4 * PAGE), (4 * PAGE, 4 * PAGE), (16 * PAGE, 4 * PAGE)]) as made:
+        yield made
+
+
+def test_facts(memory):
+    assert (memory.size, memory.end, memory.page_span) == (12 * PAGE, 20 * PAGE, 20)
+    assert memory.describe() == "0x0..0x3fff, 0x4000..0x7fff, 0x10000..0x13fff"
+
+
+def test_access_across_regions_that_touch(memory):
+    data = bytes(range(256)) * 32
+    memory.write(3 * PAGE, data)
+    assert memory.read(3 * PAGE, len(data)) == data
+    assert memory.read(0, 0) == b""
+    with pytest.raises(GuestAddressError):
+        memory.view(3 * PAGE, 2 * PAGE)
+
+
+@pytest.mark.parametrize(
+    ("gpa", "length"), [(7 * PAGE, 2 * PAGE), (8 * PAGE, 1), (20 * PAGE, 1), (20 * PAGE - 1, 2), (-1, 1), (1 << 70, 1)]
+)
+def test_what_is_not_all_ram(memory, gpa, length):
+    """Refused before anything is written."""
+    before = memory.read(0, 8 * PAGE)
+    assert not memory.covers(gpa, length)
+    for access in (lambda: memory.read(gpa, length), lambda: memory.write(gpa, bytes([7]) * length),
+                   lambda: memory.array(gpa, length), lambda: memory.host_address(gpa, length)):  # fmt: skip
+        with pytest.raises(GuestAddressError):
+            access()
+    assert memory.read(0, 8 * PAGE) == before
+
+
+def test_covers(memory):
+    assert memory.covers(0, 8 * PAGE)
+    assert memory.covers(16 * PAGE, 4 * PAGE)
+    assert not memory.covers(0, 0)
+
+
+def test_arrays_are_the_memory_itself(memory):
+    memory.array(16 * PAGE, 4, "<u4")[:] = (1, 2, 3, 4)
+    assert memory.read(16 * PAGE, 8) == b"\1\0\0\0\2\0\0\0"
+    memory.view(16 * PAGE, 1)[0] = 9
+    assert memory.arrays[2][0] == 9
+
+
+@pytest.mark.parametrize(
+    "layout", [[], [(0, 0)], [(0, 100)], [(1, PAGE)], [(0, 2 * PAGE), (PAGE, PAGE)], [(-PAGE, PAGE)],
+               [(i * 2 * PAGE, PAGE) for i in range(17)]],
+)  # fmt: skip
+def test_layouts_that_cannot_be(layout):
+    with pytest.raises((UsageError, OSError)):
+        GuestMemory.create(layout)
+
+
+def test_shared_by_descriptor(memory):
+    """A second mapping sees the same bytes, and outlives the first."""
+    with GuestMemory.from_fds(memory.regions) as other:
+        memory.write(17 * PAGE, b"hello")
+        memory.close()
+        assert other.read(17 * PAGE, 5) == b"hello"
+
+
+def test_objects_that_are_too_small():
+    fd = os.memfd_create("short")
+    os.ftruncate(fd, PAGE)
+    try:
+        for region in (Region(0, 2 * PAGE, fd), Region(0, PAGE, fd, PAGE), Region(0, PAGE, fd, 100)):
+            with pytest.raises(UsageError):
+                GuestMemory.from_fds([region])
+    finally:
+        os.close(fd)
+
+
+def test_memory_of_somebody_else():
+    """Wrapped without a copy; it has no descriptor, so nothing can be discarded and all of it counts as present."""
+    buffer = bytearray(2 * PAGE)
+    with GuestMemory.from_buffers([(0, buffer)]) as memory:
+        memory.write(5, b"x")
+        assert buffer[5:6] == b"x"
+        assert bitmap.count(populated(memory)) == 2
+        with pytest.raises(UsageError, match="no descriptor"):
+            Discarder(memory)(np.array([0], np.uint64), np.array([PAGE], np.uint64))
+    with pytest.raises((UsageError, ValueError, TypeError)):
+        GuestMemory.from_buffers([(0, bytes(PAGE))])
+
+
+def test_backed_by_a_file(tmp_path):
+    """An unlinked file leaves nothing behind in its folder."""
+    with GuestMemory.create(4 * PAGE, path=tmp_path) as memory:
+        memory.write(PAGE, b"x")
+        assert memory.read(PAGE, 1) == b"x"
+        assert list(tmp_path.iterdir()) == []
+
+
+def test_populated_and_discard(memory):
+    """Pages with memory behind them are found without reading any; discarded ones are gone and read as zero."""
+    for p in (1, 5, 6, 17):
+        memory.write(p * PAGE, b"x")
+    assert bitmap.pages_of(populated(memory)).tolist() == [1, 5, 6, 17]
+    discard = Discarder(memory)
+    discard(np.array([PAGE, 16 * PAGE], np.uint64), np.array([5 * PAGE, 2 * PAGE], np.uint64))
+    assert bitmap.pages_of(populated(memory)).tolist() == [6]
+    assert discard.bytes_discarded == 7 * PAGE
+    assert memory.read(PAGE, 1) == b"\0"
+
+
+def test_punch_hole_says_what_is_wrong():
+    with pytest.raises(OSError):
+        punch_hole(-1, 0, PAGE)

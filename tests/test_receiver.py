@@ -1,0 +1,175 @@
+"""The receiver: which record may come when, what it builds, and what it refuses of a hostile source."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from host_qemu_side.migration.ram import populated
+from host_qemu_side.migration.receiver import Receiver, ReceiverState, digests_of
+from host_qemu_side.migration.stream import Kind, Record, StreamError, StreamReader, StreamWriter
+from vring import bitmap
+from vring.memory import GuestMemory
+
+REGIONS = [[0, 64 << 12], [128 << 12, 64 << 12]]
+HEADER = {"version": 1, "page_size": 4096, "hand_over": True, "regions": REGIONS}
+
+
+def record(kind, value=None, **header):
+    writer, reader = StreamWriter(), StreamReader()
+    if kind is Kind.COMMIT:
+        parts = writer.commit()
+    elif kind is Kind.PAGES:
+        parts = writer.pages(np.array(sorted(value), np.uint64), memoryview(b"".join(value[p] * 4096 for p in sorted(value))))
+    elif kind is Kind.ZERO:
+        parts = writer.zeros(np.array(value, np.uint64))
+    else:
+        parts = writer.json(kind, {**HEADER, **header} if kind is Kind.HEADER else value or {})
+    for part in parts:
+        reader.feed(part)
+    return reader.next()
+
+
+def receiver(*records, **header):
+    made = Receiver(clock=lambda: 0.0)
+    made.handle(record(Kind.HEADER, **header))
+    for each in records:
+        made.handle(each)
+    return made
+
+
+def answers(buffers):
+    reader, found = StreamReader(), []
+    for part in buffers:
+        reader.feed(part)
+    while (each := reader.next()) is not None:
+        found.append(each)
+    return found
+
+
+def test_a_whole_migration():
+    """Header, pages, zero pages, rounds, state, end: READY with digests of what arrived; then COMMIT."""
+    there = receiver(
+        record(Kind.PAGES, {0: b"a", 1: b"b", 128: b"c"}),
+        record(Kind.ROUND),
+        record(Kind.PAGES, {1: b"d"}),
+        record(Kind.ZERO, [0, 129]),
+        record(Kind.STATE, {"device": 5}),
+    )
+    digests, ready = answers(there.handle(record(Kind.END, {"pages": 4})))
+    assert there.state is ReceiverState.READY
+    assert there.memory.read(0, 8192) == bytes(4096) + b"d" * 4096
+    assert there.memory.read(128 << 12, 4096) == b"c" * 4096
+    assert (there.device_state, there.rounds, there.pages, there.zero_pages) == ({"device": 5}, 1, 4, 2)
+    assert ready.json() == {"pages": 4, "zero_pages": 2, "digest_seconds": 0.0}
+    found = np.frombuffer(digests.payload, "<u8")
+    assert np.flatnonzero(found).tolist() == [1, 128]
+    there.handle(record(Kind.COMMIT))
+    assert there.state is ReceiverState.COMMITTED
+    assert there.complete
+
+
+def test_zero_pages_take_no_memory():
+    there = receiver(record(Kind.PAGES, {3: b"a", 4: b"a"}), record(Kind.ZERO, [3, 60]))
+    assert bitmap.pages_of(populated(there.memory)).tolist() == [4]
+
+
+def test_an_image_needs_no_commit():
+    there = receiver(record(Kind.STATE), hand_over=False)
+    there.handle(record(Kind.END, {"pages": 0}))
+    assert there.state is ReceiverState.IMAGE
+    assert there.complete
+
+
+def test_cancelled_at_any_time_but_after_commit():
+    there = receiver()
+    there.handle(record(Kind.CANCEL, {"why": "changed my mind"}))
+    assert (there.state, there.cancelled) == (ReceiverState.CANCELLED, "changed my mind")
+    there = receiver(record(Kind.STATE), record(Kind.END, {"pages": 0}), record(Kind.COMMIT))
+    with pytest.raises(StreamError):
+        there.handle(record(Kind.CANCEL, {"why": "too late"}))
+    assert there.state is ReceiverState.COMMITTED
+
+
+EARLIER = {
+    ReceiverState.HEADER: None,
+    ReceiverState.RAM: [],
+    ReceiverState.STATE: [record(Kind.STATE)],
+    ReceiverState.READY: [record(Kind.STATE), record(Kind.END, {"pages": 0})],
+    ReceiverState.COMMITTED: [record(Kind.STATE), record(Kind.END, {"pages": 0}), record(Kind.COMMIT)],
+}
+MAY_COME = {
+    ReceiverState.HEADER: {Kind.HEADER},
+    ReceiverState.RAM: {Kind.PAGES, Kind.ZERO, Kind.ROUND, Kind.STATE, Kind.CANCEL},
+    ReceiverState.STATE: {Kind.END, Kind.CANCEL},
+    ReceiverState.READY: {Kind.COMMIT, Kind.CANCEL},
+    ReceiverState.COMMITTED: set(),
+}
+VALUES = {Kind.PAGES: {0: b"a"}, Kind.ZERO: [0], Kind.END: {"pages": 0}}
+
+
+@pytest.mark.parametrize("kind", Kind)
+@pytest.mark.parametrize("state", EARLIER, ids=lambda state: state.name)
+def test_what_may_come_when(state, kind):
+    """Every record in every state: those that may come, come; the others are refused and change nothing."""
+    there = Receiver(clock=lambda: 0.0) if EARLIER[state] is None else receiver(*EARLIER[state])
+    each = record(kind, VALUES.get(kind))
+    if kind in MAY_COME[state]:
+        there.handle(each)
+    else:
+        with pytest.raises(StreamError):
+            there.handle(each)
+        assert there.state is state
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        {"version": 2},
+        {"page_size": 8192},
+        {"regions": []},
+        {"regions": None},
+        {"regions": [[0]]},
+        {"regions": [[0, 100]]},
+        {"regions": [[0, 1 << 12], [0, 1 << 12]]},
+        {"regions": [[-4096, 1 << 12]]},
+        {"regions": [[0, 0]]},
+        {"regions": [["x", "y"]]},
+        {"regions": [[0, 1 << 80]]},
+        {"regions": [[0, 4096], [1 << 60, 4096]]},
+        {"regions": [[i << 20, 4096] for i in range(40)]},
+    ],
+)
+def test_header_that_makes_no_sense(header):
+    with pytest.raises(StreamError):
+        receiver(**header)
+
+
+@pytest.mark.parametrize("pages", [[64], [63, 64], [127, 128], [192], [1 << 31], [0xFFFFFFFF]])
+@pytest.mark.parametrize("kind", [Kind.PAGES, Kind.ZERO])
+def test_pages_outside_ram(kind, pages):
+    """Nothing is written, not even the part that is RAM."""
+    there = receiver()
+    with pytest.raises(StreamError, match="not RAM"):
+        there.handle(record(kind, {p: b"x" for p in pages} if kind is Kind.PAGES else pages))
+    assert not digests_of(there.memory).any()
+
+
+def test_run_of_no_pages():
+    words = np.array([1, 0, 5, 0], "<u4").tobytes()
+    with pytest.raises(StreamError):
+        receiver().handle(Record(Kind.ZERO, memoryview(words)))
+
+
+def test_pages_that_got_lost():
+    there = receiver(record(Kind.PAGES, {0: b"a"}), record(Kind.STATE))
+    with pytest.raises(StreamError, match="2 pages, 1 arrived"):
+        there.handle(record(Kind.END, {"pages": 2}))
+
+
+def test_digests_do_not_allocate():
+    """Digesting RAM that is mostly holes reads no hole: through a mapping that would allocate it."""
+    with GuestMemory.create(4 << 20) as memory:
+        memory.write(5 << 12, b"x")
+        assert np.flatnonzero(digests_of(memory)).tolist() == [5]
+        assert bitmap.pages_of(populated(memory)).tolist() == [5]
