@@ -219,14 +219,14 @@ def _wait_migration(client: MonitorClient) -> dict[str, Any]:
 
 
 @click.command(epilog=EXAMPLES)
-@click.argument("socket_path", metavar="SOCKET")
+@click.argument("monitor", metavar="MONITOR")
 @click.argument("command", required=False)
 @click.argument("arguments", nargs=-1, metavar="[KEY=VALUE]...")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 @click.option("--wait", is_flag=True, help="With migrate: wait until it has ended.")
 @click.option("--timeout", type=float, default=30.0, show_default=True, help="Seconds to wait for a reply.")
-def ctl(socket_path: str, command: str | None, arguments: tuple[str, ...], **options: Any) -> None:
-    """Send a COMMAND to the monitor of `balloon serve` at SOCKET; without one, list the commands.
+def ctl(monitor: str, command: str | None, arguments: tuple[str, ...], **options: Any) -> None:
+    """Send a COMMAND to the monitor of `balloon serve` at the socket MONITOR; without one, list the commands.
 
     Exit codes: 0 done, 2 the command was refused, 4 the other end does not speak QMP, 5 nobody is there, the guest is
     not, or it did not answer in time.
@@ -238,7 +238,7 @@ def ctl(socket_path: str, command: str | None, arguments: tuple[str, ...], **opt
         timeout = max(timeout, given["deadline"] + 10)
     if command in ("qom-get", "qom-set"):
         given.setdefault("path", "/machine/peripheral/balloon0")
-    client = MonitorClient(socket_path, timeout)
+    client = MonitorClient(monitor, timeout)
     try:
         try:
             result = client.execute(command or "query-commands", given)
@@ -246,7 +246,7 @@ def ctl(socket_path: str, command: str | None, arguments: tuple[str, ...], **opt
                 result = _wait_migration(client)
         except CommandFailed as error:
             kind = {"DeviceNotActive": PeerVanished}.get(error.kind, UsageError)
-            hint = f"; `balloon ctl {socket_path}` lists the commands" if error.kind == "CommandNotFound" else ""
+            hint = f"; `balloon ctl {monitor}` lists the commands" if error.kind == "CommandNotFound" else ""
             raise kind(f"{command}: {error}{hint}") from error
     finally:
         client.close()

@@ -14,18 +14,16 @@ from typing import Any
 import click
 
 from balloon_cli.errors import INTERRUPTED
-from balloon_dev.device import DEFAULT_FEATURES, SUPPORTED_FEATURES
-from balloon_dev.features import BalloonFeature
+from balloon_dev.device import DEFAULT_FEATURES
+from balloon_dev.features import BalloonFeature, parse_features
 from balloon_dev.profiles import PROFILES, profile_named
 from host_qemu_side.loop import Loop
 from host_qemu_side.serve import ServeOptions, Server
-from vring.errors import UsageError
-from vring.features import CommonFeature
 from vring.sizes import parse_size
 
-__all__ = ["FEATURES", "parse_features", "serve"]
+__all__ = ["FEATURES", "serve"]
 
-FEATURES = DEFAULT_FEATURES | (SUPPORTED_FEATURES & int(BalloonFeature.STATS_VQ | BalloonFeature.DEFLATE_ON_OOM))
+FEATURES = DEFAULT_FEATURES | int(BalloonFeature.STATS_VQ | BalloonFeature.DEFLATE_ON_OOM)
 """Offered unless others are asked for: hints, and what costs a guest nothing."""
 
 EXAMPLES = """\b
@@ -36,25 +34,6 @@ Examples:
   balloon serve /tmp/b.sock --monitor /tmp/m.sock --guest python --memory 256M
   balloon ctl /tmp/m.sock migrate uri=unix:/tmp/d.sock               that guest can be migrated
 """
-
-
-def parse_features(text: str) -> int:
-    """Return feature bits for a number, or for names such as ``free-page-hint,version-1``.
-
-    Raises
-    ------
-    UsageError
-        If a name is not known; the message lists them.
-    """
-    with contextlib.suppress(ValueError):
-        return int(text, 0)
-    names = {str(f.name).lower().replace("_", "-"): int(f) for kind in (BalloonFeature, CommonFeature) for f in kind}
-    bits = 0
-    for name in filter(None, (part.strip().lower().replace("_", "-") for part in text.split(","))):
-        if name not in names:
-            raise UsageError(f"no feature {name!r}; there are {', '.join(names)}, or write a number")
-        bits |= names[name]
-    return bits
 
 
 @contextlib.contextmanager
@@ -108,10 +87,10 @@ def _plain(value: Any) -> str:
 
 
 @click.command(epilog=EXAMPLES)
-@click.argument("socket_path", metavar="SOCKET")
+@click.argument("socket", metavar="SOCKET")
 @click.option("--monitor", metavar="PATH", help="Unix socket that speaks QMP: for `balloon ctl` and QEMU's tools.")
 @click.option("--profile", type=click.Choice(sorted(PROFILES)), default="spec", show_default=True)
-@click.option("--features", metavar="LIST", help="Names or a number; default: hints and what costs a guest nothing.")
+@click.option("--features", metavar="LIST", help="Such as hint,stats or all; default: hint,stats,deflate-on-oom.")
 @click.option("--target", metavar="SIZE", help="What a guest is to have; the balloon takes the rest.")
 @click.option("--guest", type=click.Choice(["python"]), help="Start a guest too; it can be paused and migrated.")
 @click.option("--memory", metavar="SIZE", default="256M", show_default=True, help="RAM of that guest.")
@@ -119,7 +98,7 @@ def _plain(value: Any) -> str:
 @click.option("--seed", type=int, default=1, show_default=True, help="Of that guest.")
 @click.option("--json-log", is_flag=True, help="One JSON object a line on stdout for everything that happens.")
 @click.option("-q", "--quiet", is_flag=True, help="Tell nothing.")
-def serve(socket_path: str, **options: Any) -> None:
+def serve(**options: Any) -> None:
     """Serve a balloon device on a vhost-user SOCKET until Ctrl-C; front ends may come and go.
 
     The first Ctrl-C (or SIGTERM) cancels a migration, lets the guest have its hinted pages back, removes the sockets
@@ -134,7 +113,7 @@ def serve(socket_path: str, **options: Any) -> None:
         arguments += ["--seed", str(options["seed"]), "--features", hex(features)]
         arguments += [text for name, value in resume.items() for text in (f"--{name.replace('_', '-')}", str(value))]
     serve_options = ServeOptions(
-        socket=socket_path,
+        socket=options["socket"],
         monitor=options["monitor"],
         profile=profile,
         features=features,

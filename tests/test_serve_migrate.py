@@ -1,80 +1,18 @@
-"""`balloon serve` as a process, driven by QEMU's own QMP library and by `balloon ctl`."""
+"""`balloon serve` as a process, driven by QEMU's own QMP library: migrations."""
 
 import asyncio
-import contextlib
 import json
 import os
 import signal
 import socket
 import subprocess
-import sys
 import time
 
 import pytest
 from qemu.qmp import EventListener, ExecuteError, QMPClient
+from serve_process import BALLOON, MIB, Process, receiver, wait_for
 
 from balloon_cli.ctl import CommandFailed, MonitorClient
-from host_qemu_side.linux_guest import LinuxGuest
-from vring.errors import MissingFacility
-
-MIB = 1 << 20
-BALLOON = [sys.executable, "-m", "balloon_cli"]
-
-
-def wait_for(what, timeout=20.0):
-    end = time.monotonic() + timeout
-    while not what():
-        assert time.monotonic() < end, "it did not happen"
-        time.sleep(0.02)
-
-
-def listening(path):
-    with socket.socket(socket.AF_UNIX) as probe:
-        try:
-            probe.connect(str(path))
-        except OSError:
-            return False
-        return True
-
-
-class Process:
-    """`balloon serve` with its own guest."""
-
-    def __init__(self, folder, *arguments, memory="64M", guest=True):
-        self.folder, self.socket, self.monitor = folder, folder / "b.sock", folder / "m.sock"
-        self.log = folder / "log"
-        command = [*BALLOON, "serve", str(self.socket), "--monitor", str(self.monitor), "--json-log", *arguments]
-        if guest:
-            command += ["--guest", "python", "--memory", memory]
-        with self.log.open("wb") as log:
-            self.process = subprocess.Popen(command, stdout=log, stderr=log)
-        wait_for(lambda: self.told("guest-ready" if guest else "listening"))
-
-    def told(self, name):
-        return [json.loads(text)["data"] for text in self.log.read_text().splitlines() if f'"event": "{name}"' in text]
-
-    def ctl(self, *arguments, code=0):
-        run = [*BALLOON, "ctl", str(self.monitor), *arguments]
-        done = subprocess.run(run, capture_output=True, text=True, timeout=60)
-        assert done.returncode == code, done.stderr + done.stdout
-        return done.stdout + done.stderr
-
-    def ask(self, command, **arguments):
-        """Run one command without a process of its own."""
-        client = MonitorClient(str(self.monitor))
-        try:
-            return client.execute(command, arguments)
-        finally:
-            client.close()
-
-    def end(self):
-        self.process.terminate()
-        try:
-            self.process.wait(15)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            self.process.wait()
-            raise
 
 
 @pytest.fixture
@@ -85,29 +23,6 @@ def serve(tmp_path):
     assert "Traceback" not in process.log.read_text()
     assert not process.socket.exists()
     assert not process.monitor.exists()
-
-
-@contextlib.contextmanager
-def receiver(address):
-    process = subprocess.Popen(
-        [*BALLOON, "receive", address, "--json"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-    kind, _, path = address.partition(":")
-    if kind == "unix":
-        # Not by connecting: `receive` takes the first connection for its source.
-        wait_for(lambda: os.path.exists(path) and " 00010000 " in _unix_line(path))
-    else:
-        process.stderr.readline()
-    try:
-        yield process
-    finally:
-        process.kill()
-        process.communicate()
-
-
-def _unix_line(path):
-    with open("/proc/net/unix") as table:
-        return next((text for text in table if text.rstrip().endswith(path)), "")
 
 
 def in_qmp(serve, script):
@@ -139,6 +54,11 @@ def test_qemus_library_balloons_and_migrates(serve, tmp_path):
         with pytest.raises(ExecuteError) as caught:
             await qmp.execute("device_add")
         assert caught.value.error_class == "CommandNotFound"
+        balloon = {"path": "/machine/peripheral/balloon0"}
+        await qmp.execute("qom-set", {**balloon, "property": "guest-stats-polling-interval", "value": 1})
+        while not (stats := await qmp.execute("qom-get", {**balloon, "property": "guest-stats"}))["last-update"]:
+            await asyncio.sleep(0.05)
+        assert 0 < stats["stats"]["stat-free-memory"] < 64 * MIB
         hint = await qmp.execute("hint-run", {"deadline": 10})
         assert hint["completed"]
         assert hint["blocks"] > 0
@@ -316,94 +236,7 @@ def test_places_that_cannot_be(serve, uri, code, words):
     assert serve.ask("query-status")["running"] is True
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 0)])
-def test_a_signal_says_done_and_removes_the_sockets(tmp_path, number, code):
-    serve = Process(tmp_path, guest=False)
-    command = [sys.executable, "-m", "guest_driver", "--socket", str(serve.socket), "--memory", "64M"]
-    guest = subprocess.Popen([*command, "--workload", "idle"], stderr=subprocess.PIPE, text=True)
-    try:
-        wait_for(lambda: serve.told("front-end-ready"))
-        wait_for(lambda: serve.ask("query-device")["queues"][0]["live"])
-        serve.ask("hint-start")
-        wait_for(lambda: serve.ask("query-hint")["state"] == "stop")
-        serve.process.send_signal(number)
-        assert serve.process.wait(10) == code
-        assert serve.told("HINT_STATE")[-1]["state"] == "stop"  # DONE comes after the last event
-        assert not serve.socket.exists()
-        assert not serve.monitor.exists()
-        assert guest.wait(10) == 5
-    finally:
-        guest.kill()
-        guest.communicate()
-
-
-def test_a_signal_cancels_a_migration(tmp_path):
-    serve = Process(tmp_path)
-    serve.ask("migrate-set-parameters", **{"max-bandwidth": MIB})
-    with receiver(f"unix:{tmp_path}/d.sock") as destination:
-        serve.ask("migrate", uri=f"unix:{tmp_path}/d.sock")
-        wait_for(lambda: serve.ask("query-migrate").get("ram", {}).get("transferred", 0) > 256 << 10)
-        serve.process.send_signal(signal.SIGINT)
-        assert serve.process.wait(10) == 130
-        _, error = destination.communicate(timeout=10)
-        assert destination.returncode == 5
-        assert "gave up" in error
-    assert not serve.socket.exists()
-    assert serve.told("MIGRATION")[-1] == {"status": "cancelled"}
-
-
-def test_ctl_for_people(serve):
-    text = serve.ctl()
-    assert "hint-run" in text
-    assert "[deadline=number]" in text
-    assert json.loads(serve.ctl("query-status", "--json")) == {
-        "schema_version": 1,
-        "command": "query-status",
-        "return": {"status": "running", "running": True},
-    }
-    assert serve.ctl("balloon", "value=48M") == ""
-    wait_for(lambda: serve.ask("query-balloon")["actual"] == 48 * MIB)
-    assert "48.0 MiB" in serve.ctl("query-balloon")
-    assert "0x80000001" in serve.ctl("hint-run")
-    assert "avail ring:" in serve.ctl("query-queues")
-    assert "'value' is missing" in serve.ctl("balloon", code=2)
-    assert "lists the commands" in serve.ctl("nonsense", code=2)
-    assert "key=value" in serve.ctl("balloon", "value", code=2)
-    assert "freeze" not in serve.ctl("stop")
-
-
-def test_ctl_without_a_monitor(tmp_path):
-    run = [*BALLOON, "ctl", str(tmp_path / "m.sock")]
-    done = subprocess.run(run, capture_output=True, text=True, timeout=20)
-    assert done.returncode == 5
-    assert "balloon serve" in done.stderr
-    with socket.socket(socket.AF_UNIX) as listener:
-        listener.bind(str(tmp_path / "m.sock"))
-        listener.listen(1)
-        process = subprocess.Popen([*run, "query-status"], stderr=subprocess.PIPE, text=True)
-        connection, _ = listener.accept()
-        connection.send(b"220 hello, this is a mail server\r\n")
-        _, error = process.communicate(timeout=20)
-        assert process.returncode == 4
-        assert "JSON" in error
-        connection.close()
-
-
-def test_wrong_options(tmp_path):
-    for arguments, words in [
-        (["--features", "levitation"], "free-page-hint"),
-        (["--target", "many"], "no size"),
-        (["--guest", "python", "--memory", "many"], "no size"),
-        (["--features", "0x8000000000"], "not served"),
-        (["--monitor", "/nowhere/m.sock"], "cannot listen"),
-    ]:
-        run = [*BALLOON, "serve", str(tmp_path / "b.sock"), *arguments]
-        done = subprocess.run(run, capture_output=True, text=True, timeout=20)
-        assert done.returncode == 2, done.stderr
-        assert words in done.stderr
-        assert not os.listdir(tmp_path)
-
-
+@pytest.mark.slow
 def test_a_guest_that_hangs_is_told_and_others_are_answered_meanwhile(serve, tmp_path):
     pid = serve.told("guest-ready")[0]["pid"]
     with receiver(f"unix:{tmp_path}/d.sock") as destination:
@@ -430,38 +263,3 @@ def test_a_guest_that_hangs_is_told_and_others_are_answered_meanwhile(serve, tmp
     wait_for(lambda: serve.ask("hint-run", deadline=10)["completed"])
     serve.ask("stop")
     assert serve.ask("query-status")["status"] == "paused"
-
-
-@pytest.mark.uml
-def test_an_unmodified_linux_kernel_twice(tmp_path):
-    serve = Process(tmp_path, "--profile", "linux", guest=False)
-    try:
-        for number in (1, 2):
-            guest = LinuxGuest(128 * MIB, tmp_path / "work", serve.socket, cache=tmp_path / "cache")
-            with guest:
-                guest.wait_ready()
-                guest.load_balloon()
-                wait_for(lambda: serve.ask("query-device")["front-end"]["memory"])
-                device = serve.ask("query-device")
-                assert device["front-end"]["connections"] == number
-                ram = device["front-end"]["memory"]
-                if number == 1:
-                    serve.ask("balloon", value=ram - 16 * MIB)
-                wait_for(lambda size=ram - 16 * MIB: serve.ask("query-balloon")["actual"] == size)
-                hint = serve.ask("hint-run", deadline=20)
-                assert hint["completed"]
-                assert hint["blocks"] > 3
-                guest.unload_balloon()
-                guest.load_balloon()
-                wait_for(lambda: serve.ask("query-device")["features"]["negotiated"])
-                assert serve.ask("hint-run", deadline=20)["completed"]
-                with pytest.raises(CommandFailed, match="freeze control"):
-                    serve.ask("stop")
-            wait_for(lambda: not serve.ask("query-device")["front-end"]["connected"])
-            assert serve.ask("query-hint")["running"] is False
-    except MissingFacility as missing:
-        pytest.skip(str(missing))
-    finally:
-        serve.end()
-        print(serve.log.read_text())
-    assert "Traceback" not in serve.log.read_text()

@@ -162,8 +162,9 @@ class BalloonCommands:
         if device.stats.updates != self._updates:
             self._updates = device.stats.updates
             self._updated_at = int(time.time()) if self._updates else 0  # a reset has forgotten them
-        if not self._interval:
-            return IDLE
+        guest = self._host.guest
+        if not self._interval or (guest is not None and guest.paused):
+            return IDLE  # a paused guest's memory may have been sent already: not one used buffer may be added
         if now >= self._next_poll:
             self._next_poll = now + self._interval
             device.request_stats()
