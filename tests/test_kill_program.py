@@ -167,7 +167,7 @@ def runs(
         if item.fspath == request.fspath and "case" in getattr(getattr(item, "callspec", None), "params", {})
     ]
     options = ("--memory", "64M", "--hints", "on", "--warm-up", "0")
-    pool = ThreadPoolExecutor(3)
+    pool = ThreadPoolExecutor(4)
     yield {case: pool.submit(run, base / "-".join(case), *case, *options) for case in wanted}
     pool.shutdown(cancel_futures=True)
 

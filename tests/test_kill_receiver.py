@@ -130,7 +130,7 @@ def test_a_source_killed_before_commit(stage: Stage, when: str) -> None:
     source = stage.start("source", sys.executable, str(PROGRAM), when, "kill-source", *MIGRATE, "--to", stage.address)
     assert source.wait(20.0) == -signal.SIGKILL
     assert receiver.wait(10.0) == 5
-    assert "ends after record" in stage.last("receiver")
+    assert "cut off after record" in stage.last("receiver")
     stage.assert_clean()
 
 

@@ -23,10 +23,10 @@ MARKER = "BALLOON_E2E_TEST"
 CASES: dict[str, list[str]] = {
     "1G": ["--memory", "1G", "--bandwidth", "1G"],
     "churn": ["--memory", "256M", "--bandwidth", "512M"],
-    "writer": ["--memory", "256M", "--bandwidth", "256M", "--workload", "writer:64M@20M"],
-    "build": ["--memory", "256M", "--bandwidth", "256M", "--workload", "build"],
-    "idle": ["--memory", "256M", "--bandwidth", "256M", "--workload", "idle"],
-    "churn+writer": ["--memory", "256M", "--bandwidth", "256M", "--workload", "churn+writer:16M@10M"],
+    "writer": ["--memory", "256M", "--bandwidth", "512M", "--workload", "writer:64M@20M"],
+    "build": ["--memory", "256M", "--bandwidth", "512M", "--workload", "build"],
+    "idle": ["--memory", "256M", "--bandwidth", "512M", "--workload", "idle"],
+    "churn+writer": ["--memory", "256M", "--bandwidth", "512M", "--workload", "churn+writer:16M@10M"],
     "software": ["--memory", "256M", "--bandwidth", "512M", "--dirty-log", "software"],
     "software-writer": [
         *("--memory", "128M", "--bandwidth", "128M", "--dirty-log", "software"),
@@ -124,7 +124,7 @@ def migrate(folder: Path, name: str) -> Done:
 def runs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Future[Done]]]:
     """Each run once, when it is first asked for; the next ones are begun meanwhile."""
     base = tmp_path_factory.mktemp("e2e")
-    with ThreadPoolExecutor(2) as pool:
+    with ThreadPoolExecutor(3) as pool:
 
         class Runs(dict[str, Future[Done]]):
             def __missing__(self, name: str) -> Future[Done]:
