@@ -240,7 +240,8 @@ class BalloonDevice:
         Raises
         ------
         UsageError
-            With nothing changed, if the state is malformed or from a device that offered other features or had another profile.
+            If the state is malformed or from a device that offered other features or had another profile; nothing has
+            changed then.
         """
         try:
             same = (saved["profile"], saved["offered"]) == (self.profile.name, self.offered_features)

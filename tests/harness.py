@@ -25,8 +25,8 @@ from balloon_dev.journal import Journal
 from balloon_dev.oracle import Verdict
 from balloon_dev.profiles import SPEC, Profile
 from guest_driver._page_alloc import lib as page_alloc
-from guest_driver.balloon import DEFAULT_FEATURES as DRIVER_FEATURES
 from guest_driver.balloon import BLOCK_BYTES, BalloonDriver, FreeAt
+from guest_driver.balloon import DEFAULT_FEATURES as DRIVER_FEATURES
 from guest_driver.memory_manager import HINT_ORDER, Alloc, MemoryManager, Owner
 from guest_driver.workloads import Workload
 from host_qemu_side.discard import Discarder
@@ -45,6 +45,7 @@ from vring.split import SEG, SEG_WRITE
 MIB = 1 << 20
 SMALL_QUEUES = (4, 4, 4, 8, 4)
 """So small that a run of hints does not fit its queue."""
+SMALL = replace(SPEC, queue_sizes=SMALL_QUEUES)
 
 
 class Violation(AssertionError):
@@ -55,7 +56,7 @@ class Violation(AssertionError):
 class Shape:
     """What kind of guest and host."""
 
-    profile: Profile = replace(SPEC, queue_sizes=SMALL_QUEUES)
+    profile: Profile = SMALL
     regions: tuple[tuple[int, int], ...] = ((0, 48 * MIB),)
     """The first 4 MiB are the kernel's, so that all the rest is whole blocks."""
     device_features: int = DEVICE_FEATURES
@@ -103,7 +104,7 @@ class Tee:
 class World:
     """One guest on one host. It is a `GuestControl` and a `HintPort` for its own migration."""
 
-    def __init__(self, shape: Shape = Shape(), *, received: Destination | None = None) -> None:  # noqa: B008 - frozen
+    def __init__(self, shape: Shape = Shape(), *, received: Destination | None = None) -> None:
         self.shape, self.clock = shape, FakeClock()
         self.frozen, self.events = False, []
         self.migration: Migration | None = None
@@ -399,7 +400,8 @@ class World:
     def _state(self) -> dict[str, Any]:
         rings = [{"index": i, "base": q.next_avail} for i, q in self.transport.queues.items()]
         model = {"state": self.model.state, "id": self.model.id}
-        return {"device": self.device.save(), "rings": rings, "model": model, "held": list(self.held.items()), "own": self.own}
+        guest = {"held": list(self.held.items()), "own": self.own}
+        return {"device": self.device.save(), "rings": rings, "model": model, **guest}
 
     def advance(self, seconds: float = 0.0) -> Arrived | None:
         """One step of the migration; what came of it, once it is over."""
@@ -483,7 +485,7 @@ class World:
         """Every page the guest has allocated holds what was written to it last."""
         found = self.manager.check_owned(Owner.WORKLOAD)
         if found.wrong:
-            raise Violation(f"{found.wrong} of {found.pages} pages of the guest are wrong, the first is {found.first_wrong}")
+            raise Violation(f"{found.wrong} of {found.pages} pages are wrong, the first is {found.first_wrong}")
 
     def settle(self) -> None:
         """Deliver what was signalled, and nothing else, until both sides rest; nobody may be stuck."""

@@ -1,4 +1,4 @@
-"""One short scenario for each planted fault: red with the fault, green without. Only the oracles judge, not the table."""
+"""One scenario for each planted fault: red with it, green without. Only the oracles judge, not the table."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ ORACLES_ONLY = Shape(model=False)
 SCENARIOS: dict[str, tuple[Shape, Callable[[World], None]]] = {}
 
 
-def scenario(*faults: str, shape: Shape = ORACLES_ONLY):  # noqa: ANN201
+def scenario(*faults: str, shape: Shape = ORACLES_ONLY):
     """Register a scenario for faults; it ends with everything judged."""
 
     def register(function: Callable[[World], None]) -> Callable[[World], None]:
