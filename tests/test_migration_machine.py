@@ -277,7 +277,7 @@ RACE_ACTIONS = [*ACTIONS, "same", "serve one", "give", "in", "out", "odd"]
 races = st.lists(st.sampled_from(RACE_ACTIONS), min_size=3, max_size=30)
 
 
-def race(actions: list[str], shape: Shape = Shape()) -> None:
+def race(actions: list[str], shape: Shape) -> None:
     """One migration from its first round to its end, the guest and the device doing `actions` meanwhile; then judge."""
     machine = Machine()
     machine.boot(shape, 0, "finish")
@@ -310,7 +310,7 @@ def race(actions: list[str], shape: Shape = Shape()) -> None:
 @settings(max_examples=120, deadline=None)
 def test_races(actions):
     """Without a fault no order of these actions is wrong."""
-    race(actions)
+    race(actions, Shape())
 
 
 # -- and broken -------------------------------------------------------------------------------------------------------
