@@ -10,6 +10,7 @@ from hypothesis import HealthCheck, settings
 
 IN_CI = bool(os.environ.get("CI"))
 PROFILE = os.environ.get("HYPOTHESIS_PROFILE", "ci" if IN_CI else "dev")
+SKIPPED_FILES: list[str] = []
 
 settings.register_profile(
     "ci",
@@ -45,3 +46,21 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]):
         why = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
         report.outcome = "failed"
         report.longrepr = f"{item.nodeid} was skipped, and in CI nothing may be: {why}"
+
+
+def pytest_collectreport(report: pytest.CollectReport) -> None:
+    """A whole file that skips itself counts as well."""
+    if IN_CI and report.skipped:
+        SKIPPED_FILES.append(report.nodeid)
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Fail the run for files that skipped themselves."""
+    if SKIPPED_FILES and session.exitstatus == pytest.ExitCode.OK:
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Say which."""
+    for name in SKIPPED_FILES:
+        terminalreporter.write_line(f"{name} skipped itself, and in CI nothing may be skipped", red=True)

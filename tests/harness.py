@@ -11,22 +11,18 @@ from __future__ import annotations
 import mmap
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 from reference import HintModel
+from shape import MIB, PLAIN, SMALL_QUEUES, Arrived, FakeClock, Shape, SoundRing, Tee, Violation
 from wire import Destination, MemoryTransport
 
-from balloon_dev.device import DEFAULT_FEATURES as DEVICE_FEATURES
 from balloon_dev.device import BalloonDevice
 from balloon_dev.features import QueueRole
 from balloon_dev.journal import Journal
-from balloon_dev.oracle import Verdict
-from balloon_dev.profiles import SPEC, Profile
 from guest_driver._page_alloc import lib as page_alloc
-from guest_driver.balloon import BLOCK_BYTES, BalloonDriver, FreeAt
-from guest_driver.balloon import DEFAULT_FEATURES as DRIVER_FEATURES
+from guest_driver.balloon import BLOCK_BYTES, BalloonDriver
 from guest_driver.memory_manager import HINT_ORDER, Alloc, MemoryManager, Owner
 from guest_driver.workloads import Workload
 from host_qemu_side.discard import Discarder
@@ -38,72 +34,17 @@ from vring import bitmap
 from vring.dirty import DirtyLog
 from vring.dirty.software import SoftwareDirtyLog
 from vring.dirty.wp_async import WpAsyncDirtyLog, WriteProtection
-from vring.errors import DeviceError, DriverError, VirtioError
+from vring.errors import VirtioError
 from vring.memory import GuestMemory
 from vring.split import SEG, SEG_WRITE
 
-MIB = 1 << 20
-SMALL_QUEUES = (4, 4, 4, 8, 4)
-"""So small that a run of hints does not fit its queue."""
-
-
-class Violation(AssertionError):
-    """Something that must always hold does not."""
-
-
-@dataclass(frozen=True)
-class Shape:
-    """What kind of guest and host."""
-
-    profile: Profile = replace(SPEC, queue_sizes=SMALL_QUEUES)
-    regions: tuple[tuple[int, int], ...] = ((0, 48 * MIB),)
-    """The first 4 MiB are the kernel's, so that all the rest is whole blocks."""
-    device_features: int = DEVICE_FEATURES
-    driver_features: int = DRIVER_FEATURES
-    batch: int = 4
-    free_at: FreeAt = FreeAt.DONE
-    log: str = "software"
-    model: bool = True
-    """Compare the device with the reference table at each step. Off: only the oracles judge."""
-
-
-@dataclass
-class FakeClock:
-    """Time as the test says; `excluded` is where a witness puts its own."""
-
-    now: float = 0.0
-    excluded: float = 0.0
-
-
-@dataclass
-class Arrived:
-    """What a migration left behind at its end."""
-
-    phase: str
-    verdict: Verdict | None = None
-    error: BaseException | None = None
-    destination: Destination | None = None
-
-
-@dataclass
-class Tee:
-    """Gives what comes over the ring to the reference model and, during a migration, to the oracle."""
-
-    taps: list[Any] = field(default_factory=list)
-
-    def command(self, command_id: int) -> None:
-        for tap in self.taps:
-            tap.command(command_id)
-
-    def pages(self, addr: Any, length: Any) -> None:
-        for tap in self.taps:
-            tap.pages(addr, length)
+__all__ = ["MIB", "SMALL_QUEUES", "Arrived", "Shape", "Violation", "World"]
 
 
 class World:
     """One guest on one host. It is a `GuestControl` and a `HintPort` for its own migration."""
 
-    def __init__(self, shape: Shape = Shape(), *, received: Destination | None = None) -> None:
+    def __init__(self, shape: Shape = PLAIN, *, received: Destination | None = None) -> None:
         self.shape, self.clock = shape, FakeClock()
         self.frozen, self.events = False, []
         self.migration: Migration | None = None
@@ -202,7 +143,7 @@ class World:
     def step_driver(self) -> bool:
         """One step of the driver. It may let hinted blocks go only after it has read DONE."""
         before = self.driver.hinted_blocks
-        with self._sound_ring():
+        with SoundRing():
             more = self.driver.step()
         if self.driver.hinted_blocks < before and self.transport.id_read != 1:
             raise Violation(f"blocks were freed while the config space said {self.transport.id_read:#x}, not DONE")
@@ -253,7 +194,7 @@ class World:
     def raw_hint(self, addr: int, length: int) -> None:
         """Put a range on the free page queue as no driver of ours would."""
         queue = self.driver._queues[QueueRole.FREE_PAGE]
-        with self._sound_ring():
+        with SoundRing():
             self.driver._reclaim(queue)
             segment = np.zeros(1, SEG)
             segment["addr"], segment["len"], segment["flags"] = addr, length, SEG_WRITE
@@ -268,7 +209,7 @@ class World:
         if self.driver.hinted_blocks or self.manager.pages_by_owner().get(int(Owner.BALLOON)):
             raise Violation("removing the driver left pages behind")
         self.expect_allocator()
-        with self._sound_ring():
+        with SoundRing():
             self.driver.probe()
         self.transport.collect()
 
@@ -279,7 +220,7 @@ class World:
         index = self.device.queue_number(role)
         if self.frozen or index is None:
             return 0
-        with self._sound_ring():
+        with SoundRing():
             n = self.device.process(index) if limit is None else self.device.process_batch(index, limit)
         if limit is None:
             self.transport.kicked.discard(index)
@@ -399,13 +340,8 @@ class World:
     def _state(self) -> dict[str, Any]:
         rings = [{"index": i, "base": q.next_avail} for i, q in self.transport.queues.items()]
         model = {"state": self.model.state, "id": self.model.id}
-        return {
-            "device": self.device.save(),
-            "rings": rings,
-            "model": model,
-            "held": list(self.held.items()),
-            "own": self.own,
-        }
+        guest = {"held": list(self.held.items()), "own": self.own}
+        return {"device": self.device.save(), "rings": rings, "model": model, **guest}
 
     def advance(self, seconds: float = 0.0) -> Arrived | None:
         """One step of the migration; what came of it, once it is over."""
@@ -489,9 +425,7 @@ class World:
         """Every page the guest has allocated holds what was written to it last."""
         found = self.manager.check_owned(Owner.WORKLOAD)
         if found.wrong:
-            raise Violation(
-                f"{found.wrong} of {found.pages} pages of the guest are wrong, the first is {found.first_wrong}"
-            )
+            raise Violation(f"{found.wrong} of {found.pages} pages are wrong, the first is {found.first_wrong}")
 
     def settle(self) -> None:
         """Deliver what was signalled, and nothing else, until both sides rest; nobody may be stuck."""
@@ -534,9 +468,6 @@ class World:
         if pages != self.manager.total_pages:
             raise Violation(f"{self.manager.total_pages - pages} pages belong to nobody")
 
-    def _sound_ring(self) -> _SoundRing:
-        return _SoundRing()
-
 
 class _Port:
     """The world as a `HintPort`: `serve` means as much as the test lets the device do."""
@@ -558,14 +489,3 @@ class _Port:
     def serve(self) -> None:
         if self.world.serve_limit:
             self.world.serve(limit=self.world.serve_limit)
-
-
-class _SoundRing:
-    """Both sides are ours: neither may find the other's ring broken."""
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if isinstance(error, DriverError | DeviceError):
-            raise Violation(f"a ring broke: {error}") from error

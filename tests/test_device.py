@@ -12,10 +12,10 @@ import pytest
 
 from balloon_dev.config import ACTUAL, CMD_ID, NUM_PAGES, POISON_VAL
 from balloon_dev.device import DEFAULT_FEATURES, BalloonDevice
-from balloon_dev.requests import MAX_REQUEST_BYTES
 from balloon_dev.features import BalloonFeature, QueueRole
 from balloon_dev.hinting import HintState
 from balloon_dev.profiles import LINUX, QEMU, SPEC
+from balloon_dev.requests import MAX_REQUEST_BYTES
 from vring import bitmap
 from vring.dirty.software import SoftwareDirtyLog
 from vring.errors import DriverError, UsageError
@@ -34,7 +34,7 @@ class Bench:
     def __init__(self, profile=SPEC):
         self.memory = GuestMemory.create([(0, MIB), (2 * MIB, MIB)])
         self.discarded, self.hints = [], []
-        self.device = BalloonDevice(profile=profile, discard=lambda a, n: self.discarded.extend(zip(a.tolist(), n.tolist())))
+        self.device = BalloonDevice(profile=profile, discard=self.discard)
         self.device.set_memory(self.memory)
         self.device.dirty_log = SoftwareDirtyLog.for_memory(self.memory)
         assert self.device.set_features(DEFAULT_FEATURES)
@@ -44,6 +44,9 @@ class Bench:
             layout = QueueLayout.place(i * 0x4000, 16)
             self.queues[role] = DriverQueue(self.memory, layout)
             self.device.attach_queue(self.device.queue_number(role), DeviceQueue(self.memory, layout, event_idx=False))
+
+    def discard(self, addr, length):
+        self.discarded += zip(addr.tolist(), length.tolist(), strict=True)
 
     def send(self, role, *segs):
         """One buffer of segments ``(bytes or None for pages, addr, length)``; returns how often requests were bad."""
@@ -84,7 +87,7 @@ def bench():
     made.memory.close()
 
 
-# -- features and config space ------------------------------------------------------------------------------------------
+# -- features and config space --------------------------------------------------------------------------
 
 
 def test_features():
@@ -166,7 +169,7 @@ def test_number_of_the_hint_queue(profile, number):
     assert bench.device.hinting.state is HintState.START
 
 
-# -- hints ----------------------------------------------------------------------------------------------------------------
+# -- hints ----------------------------------------------------------------------------------------------
 
 
 def test_a_run(bench):
@@ -248,7 +251,7 @@ def test_batches_may_be_as_small_as_one(bench):
     assert bench.device.process_batch(9) == 0
 
 
-# -- the balloon ----------------------------------------------------------------------------------------------------------
+# -- the balloon ----------------------------------------------------------------------------------------
 
 
 def test_inflate_discard_deflate(bench):
@@ -313,7 +316,7 @@ def test_reset(bench):
     assert bench.device.start_hinting() == 0x80000002
 
 
-# -- save and load --------------------------------------------------------------------------------------------------------
+# -- save and load --------------------------------------------------------------------------------------
 
 
 def test_save_and_load(bench):

@@ -11,12 +11,13 @@ from balloon_dev.profiles import LINUX, PROFILES, QEMU, SPEC
 from vring.errors import UsageError
 
 # Rows: states. Columns: events. Each cell: next state and what happens.
-#            host starts        host stops       host is done     that id           another command   pages            reset
 WRITTEN = """
-STOP         REQUESTED/new id   STOP/-           DONE/publish     STOP/ignore       STOP/ignore       STOP/ignore      STOP/-
-REQUESTED    REQUESTED/new id   STOP/publish     DONE/publish     START/-           REQUESTED/ignore  REQUESTED/ignore STOP/-
-START        REQUESTED/new id   STOP/publish     DONE/publish     STOP/-            STOP/-            START/apply      STOP/-
-DONE         REQUESTED/new id   DONE/-           DONE/-           DONE/ignore       DONE/ignore       DONE/ignore      STOP/-
+host:      starts             stops         is done
+guest:                                                     that id       another command   pages             reset
+STOP       REQUESTED/new_id   STOP/-        DONE/publish   STOP/ignore   STOP/ignore       STOP/ignore       STOP/-
+REQUESTED  REQUESTED/new_id   STOP/publish  DONE/publish   START/-       REQUESTED/ignore  REQUESTED/ignore  STOP/-
+START      REQUESTED/new_id   STOP/publish  DONE/publish   STOP/-        STOP/-            START/apply       STOP/-
+DONE       REQUESTED/new_id   DONE/-        DONE/-         DONE/ignore   DONE/ignore       DONE/ignore       STOP/-
 """
 EVENTS = [
     HintEvent.HOST_START,
@@ -28,18 +29,18 @@ EVENTS = [
     HintEvent.RESET,
 ]
 ACTIONS = {
-    "new id": Action.NEW_ID,
+    "new_id": Action.NEW_ID,
     "publish": Action.PUBLISH,
     "apply": Action.APPLY,
     "ignore": Action.IGNORE,
     "-": Action.NOTHING,
 }
 CELLS = []
-for row in WRITTEN.replace("new id", "new_id").strip().splitlines():
+for row in WRITTEN.strip().splitlines()[2:]:
     state, *cells = row.split()
     for event, cell in zip(EVENTS, cells, strict=True):
         following, action = cell.split("/")
-        CELLS.append((HintState[state], event, HintState[following], ACTIONS[action.replace("_", " ")]))
+        CELLS.append((HintState[state], event, HintState[following], ACTIONS[action]))
 
 
 @pytest.mark.parametrize(("state", "event", "following", "action"), CELLS)

@@ -1,4 +1,4 @@
-"""One short scenario for each planted fault: red with the fault, green without. Only the oracles judge, not the table."""
+"""One scenario for each planted fault: red with it, green without. Only the oracles judge, not the table."""
 
 from __future__ import annotations
 

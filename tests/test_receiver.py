@@ -20,7 +20,9 @@ def record(kind, value=None, **header):
     if kind is Kind.COMMIT:
         parts = writer.commit()
     elif kind is Kind.PAGES:
-        parts = writer.pages(np.array(sorted(value), np.uint64), memoryview(b"".join(value[p] * 4096 for p in sorted(value))))
+        parts = writer.pages(
+            np.array(sorted(value), np.uint64), memoryview(b"".join(value[p] * 4096 for p in sorted(value)))
+        )
     elif kind is Kind.ZERO:
         parts = writer.zeros(np.array(value, np.uint64))
     else:
@@ -151,7 +153,7 @@ def test_pages_outside_ram(kind, pages):
     """Nothing is written, not even the part that is RAM."""
     there = receiver()
     with pytest.raises(StreamError, match="not RAM"):
-        there.handle(record(kind, {p: b"x" for p in pages} if kind is Kind.PAGES else pages))
+        there.handle(record(kind, dict.fromkeys(pages, b"x") if kind is Kind.PAGES else pages))
     assert not digests_of(there.memory).any()
 
 

@@ -170,7 +170,9 @@ def test_json_that_is_none(payload):
 
 
 @pytest.mark.parametrize("kind", [Kind.PAGES, Kind.ZERO])
-@pytest.mark.parametrize("words", [[], [1], [1, 1], [0, 5], [1, 2, 0, 1], [1, 1, 0, 2], [1 << 31, 1 << 31], [2, 1, 0, 1]])
+@pytest.mark.parametrize(
+    "words", [[], [1], [1, 1], [0, 5], [1, 2, 0, 1], [1, 1, 0, 2], [1 << 31, 1 << 31], [2, 1, 0, 1]]
+)
 def test_runs_that_do_not_fit(kind, words):
     with pytest.raises(StreamError):
         Record(kind, memoryview(np.array(words, "<u4").tobytes())).runs()

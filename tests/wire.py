@@ -163,7 +163,8 @@ class Destination:
     def _read(self) -> None:
         while (record := self._reader.next()) is not None:
             self.kinds.append(record.kind)
-            answer = self.receiver.refuse("no") if self.refuses and self.two_way and record.kind is not Kind.COMMIT else self.receiver.handle(record)
+            refused = self.refuses and self.two_way and record.kind is not Kind.COMMIT
+            answer = self.receiver.refuse("no") if refused else self.receiver.handle(record)
             for part in answer:
                 self._answers.feed(part)
 

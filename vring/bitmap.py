@@ -69,7 +69,7 @@ def clear_ranges(bitmap: Bitmap, addr: npt.NDArray[np.uint64], length: npt.NDArr
 
 
 def set_ranges(bitmap: Bitmap, addr: npt.NDArray[np.uint64], length: npt.NDArray[np.uint64]) -> None:
-    """Set the pages wholly inside the byte ranges ``addr[i], length[i]``; what lies outside the bitmap is left out."""
+    """Set the pages wholly inside the byte ranges ``addr[i], length[i]``; what lies outside the bitmap is ignored."""
     a, n = np.ascontiguousarray(addr, dtype=np.uint64), np.ascontiguousarray(length, dtype=np.uint64)
     lib.dirty_set_ranges(words(bitmap), bitmap.size * 64, words(a), words(n), a.size)
 
