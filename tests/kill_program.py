@@ -20,7 +20,7 @@ from typing import Any
 
 from balloon_cli import __main__ as program
 from balloon_cli import migrate, migrate_linux
-from host_qemu_side import source
+from host_qemu_side import runner
 from host_qemu_side.migration.engine import Migration, Phase
 
 
@@ -154,8 +154,8 @@ def main() -> None:
 
         setattr(cls, method, wrapped)
 
-    before(source.SourceHost, "_wait_hello", "hello")
-    before(source.SourceHost, "_wait_report", "resuming")
+    before(runner.MigrationRunner, "_hello", "hello")
+    before(runner.MigrationRunner, "_report", "resuming")
     before(Migration, "_setup", "setup")
     for guest in filter(None, (getattr(migrate, "PythonGuest", None), getattr(migrate_linux, "LinuxGuest", None))):
         original_wait = guest.wait_ready

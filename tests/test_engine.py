@@ -262,6 +262,7 @@ def test_guest_that_cannot_be_frozen(world):
     world.fail_freeze = True
     arrived = world.finish()
     assert "does not answer" in str(arrived.error)
+    assert world.events[-1] == "thaw"  # it may come to stop after all, and nobody would let it go on
     world.fail_freeze = False
     world.judge(arrived)
 
