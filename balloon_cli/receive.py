@@ -162,8 +162,8 @@ def _go_on(
         facts["resumed"] = found
         _tell(source, receiver.report(found))
         if options.keep:
+            interrupts.keeping = True  # before anybody is told that Ctrl-C is fine
             say("the guest was checked and runs on; Ctrl-C ends it")
-            interrupts.keeping = True
 
     try:
         resume(

@@ -17,7 +17,7 @@ from balloon_dev.config import ACTUAL, CMD_ID, NUM_PAGES, POISON_VAL, BalloonCon
 from balloon_dev.features import ALL_BALLOON_FEATURES, DEVICE_ID, RING_FEATURES, BalloonFeature, QueueRole
 from balloon_dev.hinting import Action, HintEvent, HintRun
 from balloon_dev.profiles import SPEC, Profile
-from balloon_dev.requests import MAX_REQUEST_BYTES, Discard, HintSink, Requests, RingTap
+from balloon_dev.requests import MAX_REQUEST_BYTES, Discard, HintSink, LearnsDeflate, Requests, RingTap
 from balloon_dev.stats import GuestStats
 from vring import bitmap
 from vring.dirty.software import SoftwareDirtyLog
@@ -173,6 +173,8 @@ class BalloonDevice(Requests):
         self.config[ACTUAL] = 0
         self.config[POISON_VAL] = 0
         self._ballooned[:] = 0
+        if isinstance(self.discard, LearnsDeflate):
+            self.discard.reset()
 
     # -- the hypervisor's side ------------------------------------------------------------------------------------
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -42,6 +42,17 @@ class RingTap(Protocol):
 
     def pages(self, addr: U64, length: U64) -> None:
         """See blocks of pages, guest addresses and bytes."""
+
+
+@runtime_checkable
+class LearnsDeflate(Protocol):
+    """A `discard` that wants to know what comes back, e.g. to put big host pages together from several requests."""
+
+    def deflate(self, addr: U64, length: U64) -> None:
+        """Learn that the guest takes these pages back; called before the request is returned."""
+
+    def reset(self) -> None:
+        """Learn that the balloon is empty: the device was reset."""
 
 
 class Requests:
@@ -146,6 +157,8 @@ class Requests:
         inflate = role is QueueRole.INFLATE
         if inflate:
             self._discard(firsts << np.uint64(PAGE_SHIFT), counts << np.uint64(PAGE_SHIFT))
+        elif isinstance(self.discard, LearnsDeflate):
+            self.discard.deflate(firsts << np.uint64(PAGE_SHIFT), counts << np.uint64(PAGE_SHIFT))
         change = bitmap.set_run if inflate else bitmap.clear_run
         for first, count in zip(firsts.tolist(), counts.tolist(), strict=True):
             change(self._ballooned, first, count)

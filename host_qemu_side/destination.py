@@ -14,9 +14,10 @@ from collections.abc import Callable
 from typing import Any
 
 from balloon_dev.device import BalloonDevice
+from balloon_dev.features import BalloonFeature
 from balloon_dev.hinting import HintState
 from balloon_dev.profiles import profile_named
-from host_qemu_side.discard import Discarder
+from host_qemu_side.discard.current import CurrentDiscarder
 from host_qemu_side.loop import Loop
 from host_qemu_side.migration.output import parse_address
 from host_qemu_side.migration.receiver import Receiver
@@ -225,7 +226,7 @@ def resume(
         arguments = _resume_arguments(receiver.header.get("resume", {}))
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise UsageError(f"the device state in the stream is malformed: {error!r}") from error
-    device.discard = Discarder(memory)
+    device.discard = CurrentDiscarder(lambda: memory, lambda: bool(device.negotiated & BalloonFeature.MUST_TELL_HOST))
     loop = Loop()
     backend = VhostUserBackend(device, loop, on_memory=lambda: device.load(state))
     guest = None

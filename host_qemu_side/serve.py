@@ -14,9 +14,10 @@ import numpy.typing as npt
 
 from balloon_dev.config import CMD_ID
 from balloon_dev.device import DEFAULT_FEATURES, BalloonDevice
+from balloon_dev.features import BalloonFeature
 from balloon_dev.hinting import HintState
 from balloon_dev.profiles import SPEC, Profile
-from host_qemu_side.discard import Discarder
+from host_qemu_side.discard.current import CurrentDiscarder
 from host_qemu_side.loop import Loop
 from host_qemu_side.monitor.balloon import BalloonCommands
 from host_qemu_side.monitor.device import DeviceCommands, feature_names
@@ -97,7 +98,10 @@ class Server:
     ) -> None:
         self._tell = tell
         self.loop = Loop()
-        self.device = _Device(options.features, profile=options.profile, discard=self._discard)
+        self.device = _Device(options.features, profile=options.profile)
+        self.device.discard = CurrentDiscarder(
+            lambda: self.backend.memory, lambda: bool(self.device.negotiated & BalloonFeature.MUST_TELL_HOST)
+        )
         self.backend = VhostUserBackend(
             self.device, self.loop, on_disconnect=self._front_end_gone, on_memory=self._memory_came
         )
@@ -144,10 +148,6 @@ class Server:
 
     def _attend(self) -> bool:
         return self.monitor is not None and self.monitor.step()
-
-    def _discard(self, addr: U64, length: U64) -> None:
-        if self.backend.memory is not None:
-            Discarder(self.backend.memory)(addr, length)
 
     def _memory_came(self) -> None:
         assert self.backend.memory is not None

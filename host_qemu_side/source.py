@@ -13,8 +13,9 @@ import numpy as np
 import numpy.typing as npt
 
 from balloon_dev.device import DEFAULT_FEATURES, BalloonDevice
+from balloon_dev.features import BalloonFeature
 from balloon_dev.profiles import SPEC, Profile
-from host_qemu_side.discard import Discarder
+from host_qemu_side.discard.current import CurrentDiscarder
 from host_qemu_side.loop import Loop
 from host_qemu_side.migration.engine import Limits, Migration
 from host_qemu_side.migration.output import FileOutput, SocketOutput
@@ -49,7 +50,10 @@ class SourceHost:
     def __init__(self, *, profile: Profile = SPEC, features: int = DEFAULT_FEATURES) -> None:
         self.loop = Loop()
         self.device = BalloonDevice(features, profile=profile)
-        self.device.discard = self._discard
+        self.discard = CurrentDiscarder(
+            lambda: self.memory, lambda: bool(self.device.negotiated & BalloonFeature.MUST_TELL_HOST)
+        )
+        self.device.discard = self.discard
         self.backend = VhostUserBackend(self.device, self.loop)
         self.device_log: SoftwareDirtyLog | None = None
         self._migration: Migration | None = None
@@ -89,10 +93,6 @@ class SourceHost:
     def memory(self) -> GuestMemory | None:
         """RAM of the guest that is connected."""
         return self.backend.memory
-
-    def _discard(self, addr: U64, length: U64) -> None:
-        if self.memory is not None:
-            Discarder(self.memory)(addr, length)
 
     def track_device_writes(self) -> SoftwareDirtyLog:
         """Return the log of what the device itself writes to guest memory."""

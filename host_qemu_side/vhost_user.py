@@ -18,7 +18,7 @@ from typing import Any
 from host_qemu_side.loop import Loop
 from vring import vhost_user as vu
 from vring.device import Device
-from vring.errors import DriverError, UsageError, VirtioError
+from vring.errors import UsageError, VirtioError
 from vring.features import CommonFeature
 from vring.memory import GuestMemory, Region
 from vring.split import DeviceQueue, QueueLayout
@@ -429,7 +429,9 @@ class VhostUserBackend:
         try:
             while self.device.process(index):
                 pass
-        except DriverError as error:
+        except (VirtioError, OSError) as error:
+            # The driver broke the ring, or this host could not do what it asked (a discard that failed: the buffer was
+            # not returned). Either way this queue rests, and the others live on.
             self._broken(index, error)
 
     def process(self, index: int) -> None:
@@ -438,7 +440,7 @@ class VhostUserBackend:
             self._process(index)
             self.deliver()
 
-    def _broken(self, index: int, error: VirtioError) -> None:
+    def _broken(self, index: int, error: Exception) -> None:
         """A ring that cannot be trusted: stop it, signal its err descriptor, log."""
         log.error("vhost-user: queue %d is stopped until it is set up again: %s", index, error)
         self.last_error = str(error)
