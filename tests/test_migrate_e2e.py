@@ -169,7 +169,7 @@ def test_correct_with_and_without_hints(runs: dict[str, Future[Done]], name: str
         assert_correct(run)
         assert run["hints_refused"] is None
     with_hints = done.run(True)
-    # The sender never waits for a hint: where there is next to nothing to send, it may be done before the guest answers.
+    # The sender never waits for a hint: with next to nothing to send it may be done before the guest answers.
     if with_hints["rounds"][0]["seconds"] > 0.1:
         assert with_hints["hint_runs"][0]["blocks"] > 0
     assert with_hints["pages"]["skipped"] > 0 or name in ("idle", "writer", "build")
