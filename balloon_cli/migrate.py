@@ -43,6 +43,8 @@ class MigrateOptions:
     batch: int = 64
     work_dir: str = ""
     """Folder for the Linux guest's RAM file and what is built for it."""
+    guest_arguments: tuple[str, ...] = ()
+    """More arguments of the embedded guest, for experiments."""
     warm_up: float = 1.0
     """Seconds the guest runs with its workload before the migration."""
     verbose: bool = False
@@ -227,6 +229,7 @@ def migrate_python(
     arguments = [
         *("--memory", str(options.memory), "--workload", options.workload, "--seed", str(options.seed)),
         *(text for name, value in resume.items() for text in (f"--{name.replace('_', '-')}", str(value))),
+        *options.guest_arguments,
     ]
     with SourceHost(profile=options.profile) as host:
         guest = PythonGuest(host.loop, host.backend, None, arguments)

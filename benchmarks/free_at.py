@@ -16,9 +16,11 @@ from host_qemu_side.migration import Limits
 from vring.sizes import parse_size
 
 WORKLOADS = ("churn", "writer:256M@50M", "churn+writer:64M@30M", "churn+build")
+POISON = ("--features", "all", "--poison", "0xaaaaaaaa")
+"""A guest that fills pages when it frees them, as with init_on_free: then freeing writes the pages themselves."""
 
 
-def run(workload: str, free_at: str, memory: int, seed: int) -> dict[str, Any]:
+def run(workload: str, free_at: str, memory: int, seed: int, arguments: tuple[str, ...]) -> dict[str, Any]:
     """Migrate once with hints."""
     options = MigrateOptions(
         guest="python",
@@ -31,6 +33,7 @@ def run(workload: str, free_at: str, memory: int, seed: int) -> dict[str, Any]:
         dirty_log="auto",
         profile=SPEC,
         seed=seed,
+        guest_arguments=arguments,
     )
     result: dict[str, Any] = migrate_all(options, Progress())["runs"][0]
     return result
@@ -44,11 +47,14 @@ def main() -> None:
     args = parser.parse_args()
     print("| workload | freed at | pages dirtied after round 1 | rounds | blocks hinted | MB sent | total s |")
     print("|---|---|---|---|---|---|---|")
-    for workload in WORKLOADS:
+    cases: list[tuple[str, tuple[str, ...]]] = [(workload, ()) for workload in WORKLOADS]
+    cases.append(("churn+writer:64M@30M", POISON))
+    for workload, poison in cases:
+        name = f"{workload}, poisoned" if poison else workload
         runs: dict[str, list[dict[str, Any]]] = {"done": [], "stop": []}
         for seed in range(1, args.repeats + 1):
             for free_at, found in runs.items():
-                found.append(run(workload, free_at, args.memory, seed))
+                found.append(run(workload, free_at, args.memory, seed, poison))
         for free_at, found in runs.items():
             assert all(r["oracle"]["pages_wrong"] == 0 for r in found)
             columns = (
@@ -58,7 +64,7 @@ def main() -> None:
                 statistics.median(r["bytes_sent"] / 1e6 for r in found),
                 statistics.median(r["total_seconds"] for r in found),
             )
-            print(f"| {workload} | {free_at} | " + " | ".join(f"{c:.4g}" for c in columns) + " |", flush=True)
+            print(f"| {name} | {free_at} | " + " | ".join(f"{c:.4g}" for c in columns) + " |", flush=True)
 
 
 if __name__ == "__main__":

@@ -90,8 +90,8 @@ class Hinting(DriverCore):
         if received == CMD_ID_DONE:
             self._free_hinted()
             self._state["done_seen"] += 1
-        elif received == CMD_ID_STOP and self.free_at is FreeAt.STOP:
-            self._free_hinted()
+        elif self.free_at is FreeAt.STOP and received != int(self._state["active"]):
+            self._free_hinted()  # STOP, or a new id so soon after it that the STOP was never read
 
     def _send_command(self, queue: DriverQueue, command_id: int) -> bool:
         self._reclaim(queue)
