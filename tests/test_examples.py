@@ -41,3 +41,10 @@ def test_ring_in_c(tmp_path: Path) -> None:
     assert (
         done.stdout.splitlines()[-1] == "3 buffers used, 48 bytes written; a bad address: error -22 and the queue stops"
     )
+
+
+def test_guests_are_what_their_sources_give() -> None:
+    """The machine code in examples/guests was assembled from what stands beside it (as far as assemblers are here)."""
+    script = ROOT / "examples/guests/assemble.py"
+    done = subprocess.run([sys.executable, script, "--check"], capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
