@@ -13,7 +13,7 @@ from guest_driver.balloon import BalloonDriver
 from guest_driver.memory_manager import MemoryManager
 from guest_driver.mmio import MmioTransport
 from vring.errors import DeviceError, UsageError
-from vring.features import CommonFeature
+from vring.features import CommonFeature, Status
 from vring.memory import GuestMemory
 from vring.mmio import MmioDevice
 from vring.split import DriverQueue, QueueLayout
@@ -123,6 +123,27 @@ def test_resets_from_within_the_serving_of_a_queue():
         assert seen == [1, 1, 15]
         assert pair.mmio.read(R.QueueReset, 4) == pair.mmio.read(R.Status, 4) == 0
         assert pair.mmio.queues[0].ring is None
+
+
+@pytest.mark.parametrize("error", [OSError("full"), UsageError("wrong")])
+def test_a_callback_that_fails_loses_no_buffer(error):
+    """What the host's own code raises comes out; the guest's buffer is found again."""
+    with MmioPair(probe=False) as pair:
+        failures = [error]
+
+        def discard(addr, length):
+            if failures:
+                raise failures.pop()
+
+        pair.device.discard = discard
+        ring = new_ring(pair, hand_driver(pair))
+        with pytest.raises(type(error), match=str(error)):
+            give(pair, ring, 5)
+        assert not pair.mmio.status & Status.DEVICE_NEEDS_RESET
+        assert len(ring.collect()[0]) == 0
+        assert pair.mmio.poll() == 1
+        assert len(ring.collect()[0]) == 1
+        assert pair.device.ballooned_pages == 1
 
 
 # -- migration ----------------------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Callable
 
 from vring.device import Device
-from vring.errors import UsageError, VirtioError
+from vring.errors import DriverError, GuestAddressError, UsageError, VirtioError
 from vring.features import CommonFeature, Status
 from vring.memory import GuestMemory
 from vring.mmio_queues import QueueRegisters
@@ -241,7 +241,7 @@ class MmioCore:
                 n = self.device.process(queue.index)
                 served += n
             queue.kicked = n > 0
-        except VirtioError as error:
+        except (DriverError, GuestAddressError) as error:  # the guest's doing; other errors are the embedder's
             self._broke(queue, error)
         finally:
             self._busy = False
