@@ -25,7 +25,7 @@ from balloon_cli.receive import ReceiveOptions, receive_guest
 from balloon_cli.serve import serve
 from balloon_dev.profiles import PROFILES, profile_named
 from guest_driver.workloads import FORMS, parse_workload
-from host_qemu_side.migration.engine import Limits
+from host_qemu_side.migration import Limits
 from host_qemu_side.migration.output import parse_address
 from vring.errors import PeerVanished, UsageError, VirtioError
 from vring.sizes import format_size, parse_size

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from host_qemu_side.migration.engine import Cancelled
+from host_qemu_side.migration import Cancelled
 from vring.errors import DeviceError, DriverError, MissingFacility, PeerVanished, UsageError, VirtioError
 
 __all__ = ["INTERRUPTED", "INVARIANT", "OK", "InvariantFailed", "exit_code"]

@@ -20,7 +20,7 @@ from rich.table import Table
 from rich.text import Text
 
 from balloon_cli.migrate import Progress
-from host_qemu_side.migration.engine import HintRunStats, Migration, Phase
+from host_qemu_side.migration import HintRunStats, Migration, Phase
 from host_qemu_side.migration.ram import RamState
 from host_qemu_side.source import SourceHost
 from host_qemu_side.witness import Witness

@@ -14,7 +14,7 @@ from typing import Any
 from balloon_cli.errors import InvariantFailed
 from balloon_cli.read_back import read_back
 from balloon_dev.profiles import Profile
-from host_qemu_side.migration.engine import Cancelled, Limits, Migration
+from host_qemu_side.migration import Cancelled, Limits, Migration
 from host_qemu_side.migration.output import FileOutput, SocketOutput, connect, parse_address
 from host_qemu_side.python_guest import PythonGuest
 from host_qemu_side.source import Outcome, SourceHost

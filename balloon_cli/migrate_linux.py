@@ -22,7 +22,7 @@ from guest_driver.workloads import BuildSpec, ChurnSpec, WriterSpec, parse_workl
 from host_qemu_side.linux_guest import LinuxGuest
 from host_qemu_side.linux_guest.handle import LinuxGuestHandle
 from host_qemu_side.linux_guest.initramfs import build, verify_package
-from host_qemu_side.migration.engine import Migration
+from host_qemu_side.migration import Migration
 from host_qemu_side.migration.output import FileOutput
 from host_qemu_side.source import SourceHost
 from host_qemu_side.witness import Witness

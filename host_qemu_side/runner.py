@@ -18,7 +18,7 @@ from balloon_dev.device import BalloonDevice
 from balloon_dev.features import QueueRole
 from balloon_dev.oracle import Verdict
 from host_qemu_side.loop import READ, WRITE
-from host_qemu_side.migration.engine import Cancelled, GuestControl, Limits, Migration, MigrationResult
+from host_qemu_side.migration import Cancelled, GuestControl, Limits, Migration, MigrationResult
 from host_qemu_side.migration.output import FileOutput, SocketOutput
 from host_qemu_side.migration.stream import Kind, Record, StreamError, check_header
 from host_qemu_side.vhost_user import VhostUserBackend
@@ -44,7 +44,7 @@ class GuestHandle(GuestControl, Protocol):
 
 
 class BackendHints:
-    """A `host_qemu_side.migration.engine.HintPort` over a balloon device behind vhost-user."""
+    """A `host_qemu_side.migration.HintPort` over a balloon device behind vhost-user."""
 
     def __init__(self, device: BalloonDevice, backend: VhostUserBackend) -> None:
         self._device, self._backend = device, backend
@@ -165,7 +165,7 @@ class MigrationRunner:
         output: SocketOutput | FileOutput,
         *,
         hints: bool = True,
-        limits: Limits = Limits(),  # noqa: B008 - frozen
+        limits: Limits = Limits(),
         journal: Any = None,
         oracle: bool = True,
         header: dict[str, Any] | None = None,

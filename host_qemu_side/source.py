@@ -17,7 +17,7 @@ from balloon_dev.features import BalloonFeature
 from balloon_dev.profiles import SPEC, Profile
 from host_qemu_side.discard.current import CurrentDiscarder
 from host_qemu_side.loop import Loop
-from host_qemu_side.migration.engine import Limits, Migration
+from host_qemu_side.migration import Limits, Migration
 from host_qemu_side.migration.output import FileOutput, SocketOutput
 from host_qemu_side.runner import SILENCE, BackendHints, GuestHandle, MigrationRunner, Outcome, RunnerPhase
 from host_qemu_side.vhost_user import VhostUserBackend
@@ -109,7 +109,7 @@ class SourceHost:
         output: SocketOutput | FileOutput,
         *,
         hints: bool = True,
-        limits: Limits = Limits(),  # noqa: B008 - frozen
+        limits: Limits = Limits(),
         journal: Any = None,
         header: dict[str, Any] | None = None,
         hand_over: bool = True,

@@ -38,7 +38,7 @@ def _shared(count: int, dtype: npt.DTypeLike) -> npt.NDArray[np.generic]:
 
 
 class Witness:
-    """A `host_qemu_side.migration.engine.Observer` that feeds an oracle.
+    """A `host_qemu_side.migration.Observer` that feeds an oracle.
 
     Parameters
     ----------

@@ -20,7 +20,7 @@ from balloon_dev.hinting import Action, HintEvent, HintState, Transition
 from guest_driver.balloon import BalloonDriver, FreeAt
 from guest_driver.memory_manager import HINT_ORDER, Owner
 from host_qemu_side.discard import Discarder
-from host_qemu_side.migration.engine import HintRunStats, Migration, Phase
+from host_qemu_side.migration import HintRunStats, Migration, Phase
 from host_qemu_side.migration.ram import RamState
 from host_qemu_side.migration.receiver import digests_of
 from host_qemu_side.migration.stream import Kind

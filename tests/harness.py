@@ -26,7 +26,7 @@ from guest_driver.balloon import BLOCK_BYTES, BalloonDriver
 from guest_driver.memory_manager import HINT_ORDER, Alloc, MemoryManager, Owner
 from guest_driver.workloads import Workload
 from host_qemu_side.discard import Discarder
-from host_qemu_side.migration.engine import Limits, Migration
+from host_qemu_side.migration import Limits, Migration
 from host_qemu_side.migration.receiver import digests_of
 from host_qemu_side.python_guest import CombinedLog
 from host_qemu_side.witness import Witness

@@ -21,7 +21,7 @@ from typing import Any
 from balloon_cli import __main__ as program
 from balloon_cli import migrate, migrate_linux
 from host_qemu_side import runner
-from host_qemu_side.migration.engine import Migration, Phase
+from host_qemu_side.migration import Migration, Phase
 
 
 class World:

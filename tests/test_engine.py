@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from harness import MIB, Shape, Violation, World
 
-from host_qemu_side.migration.engine import Cancelled, Limits, Migration
+from host_qemu_side.migration import Cancelled, Limits, Migration
 from host_qemu_side.migration.receiver import ReceiverState
 from host_qemu_side.migration.stream import Kind, StreamError
 from vring import bitmap

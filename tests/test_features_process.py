@@ -9,7 +9,7 @@ from features_pair import ALL
 from balloon_cli.migrate import spawn_receiver
 from balloon_dev.features import BalloonFeature
 from balloon_dev.profiles import LINUX, QEMU, SPEC
-from host_qemu_side.migration.engine import Limits
+from host_qemu_side.migration import Limits
 from host_qemu_side.python_guest import PythonGuest
 from host_qemu_side.source import SourceHost
 

@@ -19,7 +19,7 @@ import pytest
 
 from balloon_dev.profiles import SPEC
 from host_qemu_side import destination
-from host_qemu_side.migration.engine import Cancelled, Limits, Migration
+from host_qemu_side.migration import Cancelled, Limits, Migration
 from host_qemu_side.migration.output import FileOutput, SocketOutput
 from host_qemu_side.migration.receiver import Receiver
 from host_qemu_side.migration.stream import Kind, StreamError, StreamReader, StreamWriter

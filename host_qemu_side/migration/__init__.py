@@ -5,13 +5,13 @@ An emulator brings its own `Output`, `GuestControl`, `HintPort` and `vring.dirty
 ``examples/migrate_an_emulator.py``.
 """
 
-from host_qemu_side.migration.engine import (
+from host_qemu_side.migration.engine import Migration
+from host_qemu_side.migration.interfaces import (
     Cancelled,
     GuestControl,
     HintPort,
     HintRunStats,
     Limits,
-    Migration,
     MigrationResult,
     Observer,
     Output,

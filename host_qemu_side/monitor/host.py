@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 from balloon_dev.device import BalloonDevice
 from host_qemu_side.loop import Loop
-from host_qemu_side.migration.engine import HintRunStats
+from host_qemu_side.migration import HintRunStats
 from host_qemu_side.monitor.dispatch import Command, Deferred
 from host_qemu_side.monitor.framing import ErrorClass, QmpError
 from host_qemu_side.python_guest import PAUSE_TIMEOUT, PythonGuest

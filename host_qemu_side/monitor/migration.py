@@ -6,8 +6,8 @@ import time
 from dataclasses import replace
 from typing import Any
 
+from host_qemu_side.migration import Cancelled, HintRunStats, Limits, MigrationResult, Phase
 from host_qemu_side.migration.connecting import Connecting
-from host_qemu_side.migration.engine import Cancelled, HintRunStats, Limits, MigrationResult, Phase
 from host_qemu_side.migration.output import FileOutput, SocketOutput
 from host_qemu_side.monitor.dispatch import Command, Param
 from host_qemu_side.monitor.framing import QmpError
