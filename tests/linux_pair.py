@@ -1,4 +1,4 @@
-"""An unmodified Linux guest joined with a balloon device, for tests of the feature bits: what both sides say of memory."""
+"""An unmodified Linux guest joined with a balloon device, for tests of the feature bits."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class LinuxPair:
     memory
         RAM in bytes.
     features
-        The device offers.
+        What the device offers.
     kernel_args
         For the guest's kernel.
     """
@@ -92,9 +92,13 @@ class LinuxPair:
 
     def __enter__(self) -> LinuxPair:
         self.guest.start()
-        self.guest.wait_ready(60.0, self.serve)
-        self.run("echo 1 >/proc/sys/vm/overcommit_memory")
-        self.load()
+        try:
+            self.guest.wait_ready(60.0, self.serve)
+            self.run("echo 1 >/proc/sys/vm/overcommit_memory")
+            self.load()
+        except BaseException:
+            self.__exit__()
+            raise
         return self
 
     def __exit__(self, *exc: object) -> None:
@@ -145,7 +149,8 @@ class LinuxPair:
         return self.guest.meminfo(self.serve)[name]
 
     def vmstat(self) -> dict[str, int]:
-        return {name: int(value) for name, value in (line.split() for line in self.run("cat /proc/vmstat").splitlines())}
+        lines = (line.split() for line in self.run("cat /proc/vmstat").splitlines())
+        return {name: int(value) for name, value in lines}
 
     def until(self, condition: Callable[[], Any], seconds: float = 15.0, what: str = "the Linux guest") -> None:
         self.loop.run_until(lambda: bool(condition()), seconds, what)
@@ -168,7 +173,8 @@ class LinuxPair:
 
     def fill(self) -> None:
         """Write to nearly all of the guest's memory once and free it, so that the host has all of it."""
-        self.run(f"dd if=/dev/urandom of=/fill/x bs=1M count={int(self.meminfo() * 0.93) >> 20} 2>/dev/null; rm /fill/x")
+        size = int(self.meminfo() * 0.93) >> 20
+        self.run(f"dd if=/dev/urandom of=/fill/x bs=1M count={size} 2>/dev/null; rm /fill/x")
 
     # -- the host -------------------------------------------------------------------------------------------------
 
@@ -257,9 +263,8 @@ class LinuxPair:
 
 @contextlib.contextmanager
 def linux_pair(folder: Path, **options: Any) -> Iterator[LinuxPair]:
-    """A `LinuxPair` that is running, its folder on a disk."""
-    with contextlib.ExitStack() as stack:
-        pair = stack.enter_context(LinuxPair(folder, **options))
+    """A `LinuxPair` that is running."""
+    with LinuxPair(folder, **options) as pair:
         yield pair
 
 
