@@ -53,7 +53,7 @@ def pair(booted: LinuxPair, request: pytest.FixtureRequest) -> Iterator[LinuxPai
 # -- inflate and deflate ---------------------------------------------------------------------------------------------
 
 
-def test_balloon_of_a_quarter(pair: LinuxPair, record_property) -> None:
+def test_balloon_of_a_quarter(pair: LinuxPair) -> None:
     """Guest's MemFree and counters, the device's bitmap and the RAM file agree on 25 per cent of RAM."""
     pages = pair.bytes // PAGE // 4
     pair.fill()
@@ -62,7 +62,7 @@ def test_balloon_of_a_quarter(pair: LinuxPair, record_property) -> None:
     full, inflated = pair.vmstat(), pair.file_bytes
     assert full["balloon_inflate"] - count["balloon_inflate"] == pages == pair.device.ballooned_pages
     assert free - pair.meminfo() == pytest.approx(pages * PAGE, abs=SLACK)
-    record_property("file_fell", (file - inflated) / (pages * PAGE))
+    print(f"inflated {pages * PAGE >> 20} MiB, its RAM file fell by {(file - inflated) / (pages * PAGE):.1%} of it")
     assert file - inflated >= 0.9 * pages * PAGE
     pair.check()
     pair.set_target(pages // 2 + 1)
@@ -125,7 +125,7 @@ def test_no_deflate_on_oom(pair: LinuxPair) -> None:
 # -- statistics -------------------------------------------------------------------------------------------------------
 
 
-def test_statistics_are_the_guests_own(pair: LinuxPair, record_property) -> None:
+def test_statistics_are_the_guests_own(pair: LinuxPair) -> None:
     """Each tag against /proc of the same guest; each poll brings a fresh buffer."""
     first = dict(pair.stats())
     info, vm = pair.guest.meminfo(pair.serve), pair.vmstat()
@@ -133,7 +133,7 @@ def test_statistics_are_the_guests_own(pair: LinuxPair, record_property) -> None
         *("stat-swap-in", "stat-swap-out", "stat-major-faults", "stat-minor-faults", "stat-free-memory"),
         *("stat-total-memory", "stat-available-memory", "stat-disk-caches"),
     }
-    record_property("tags", len(first))
+    print(f"{len(first)} tags")
     assert first["stat-total-memory"] == info["MemTotal"]
     assert first["stat-free-memory"] == pytest.approx(info["MemFree"], abs=SLACK)
     assert first["stat-available-memory"] == pytest.approx(info["MemAvailable"], abs=SLACK)
@@ -157,12 +157,12 @@ def test_statistics_are_the_guests_own(pair: LinuxPair, record_property) -> None
 # -- hints ------------------------------------------------------------------------------------------------------------
 
 
-def test_rounds_of_hints(pair: LinuxPair, record_property) -> None:
+def test_rounds_of_hints(pair: LinuxPair) -> None:
     """A round takes nearly all free blocks, STOP leaves them taken, a second one finds few, DONE frees all."""
     free = pair.meminfo()
     blocks = pair.hint_round()
-    record_property("blocks", blocks)
     taken = free - pair.meminfo()
+    print(f"{blocks} blocks, MemFree {free >> 20} MiB before and {free - taken >> 20} MiB after the round")
     assert blocks > 80
     assert taken == pytest.approx(blocks * BLOCK, abs=SLACK)
     pair.stop_hints()
@@ -298,7 +298,7 @@ def test_driver_removed_and_back(pair: LinuxPair, how: str, when: str) -> None:
 
 
 @pytest.mark.parametrize("pair", [ALL], indirect=True, ids=["all"])
-def test_a_freed_file_is_given_back(pair: LinuxPair, record_property) -> None:
+def test_a_freed_file_is_given_back(pair: LinuxPair) -> None:
     """200 MiB deleted in the guest are out of its RAM file within 10 s."""
     size = 200 * MIB
     pair.run("dd if=/dev/urandom of=/fill/x bs=1M count=200 2>/dev/null")
@@ -306,7 +306,7 @@ def test_a_freed_file_is_given_back(pair: LinuxPair, record_property) -> None:
     pair.run("rm /fill/x")
     began = time.monotonic()
     pair.until(lambda: file - pair.file_bytes >= 0.9 * size, 10.0, "the file to shrink")
-    record_property("seconds", time.monotonic() - began)
+    print(f"given back in {time.monotonic() - began:.1f} s")
     assert pair.device.counters["bytes reported"] - reported >= 0.9 * size
     assert pair.device.counters["bytes discarded"] == pair.device.counters["bytes reported"]
     pair.check()
