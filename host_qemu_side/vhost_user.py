@@ -249,11 +249,28 @@ class VhostUserBackend:
             raise VhostUserError(f"vhost-user: queue {index}, the device has {len(self._rings)}", queue=index)
         return self._rings[index]
 
+    def _driver_gone(self) -> None:
+        """The driver was removed, or another one begins: its rings lie in memory that is somebody else's now.
+
+        No message says so. What is known: features are negotiated anew; and User-Mode Linux, which disables rings only
+        with bit 30, asks for the features (to know that all before it was heard) when it has deleted them.
+        """
+        if all(ring.addr is None for ring in self._rings):
+            return
+        for index, ring in enumerate(self._rings):
+            self._stop_ring(index)
+            _close(ring.kick)
+            ring.kick, ring.addr, ring.base, ring.enabled = -1, None, 0, False
+        self.device.reset()
+
     def _get_features(self, payload: bytes, fds: list[int]) -> bytes:
+        if not self.features & vu.F_PROTOCOL_FEATURES:
+            self._driver_gone()
         return vu.pack_u64(self.device.offered_features | vu.F_PROTOCOL_FEATURES)
 
     def _set_features(self, payload: bytes, fds: list[int]) -> None:
         features = vu.unpack_u64(payload, "SET_FEATURES")
+        self._driver_gone()
         if not self.device.set_features(features & ~vu.F_PROTOCOL_FEATURES):
             raise VhostUserError(
                 f"vhost-user: features {features:#x} were not all offered", clause="basic.features.driver-1"
