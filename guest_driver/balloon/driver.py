@@ -274,6 +274,11 @@ class BalloonDriver(Hinting, Inflating, Reporting, Statistics):
             times.append(float(self._state["retry_at"]))
         return min(times)
 
+    @property
+    def queues(self) -> list[DriverQueue]:
+        """The queues that are set up."""
+        return list(self._queues.values())
+
     def statistics(self) -> dict[str, int]:
         """Return counters since the driver was probed."""
         names = ("runs", "blocks", "reclaimed", "done_seen", "received", "active")

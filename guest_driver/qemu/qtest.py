@@ -149,6 +149,11 @@ class QtestClient:
         """Whether an intercepted line is up, as far as was heard."""
         return line in self._high
 
+    @property
+    def any_high(self) -> bool:
+        """Whether any intercepted line is up, as far as was heard."""
+        return bool(self._high)
+
     def fileno(self) -> int:
         """Return the descriptor, to wait for interrupts."""
         return self._socket.fileno()
