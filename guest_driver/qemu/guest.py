@@ -98,6 +98,8 @@ class QemuGuest:
         driver = BalloonDriver.attach(manager, machine.transport(running=True), {}, profile=QEMU, batch=batch)
         guest = cls(machine, manager, driver)
         guest.workload = Workload.attach(manager)
+        # An interrupt that was up when the guest left is up here without having been raised: look once.
+        driver.interrupt(driver.transport.interrupts())
         return guest
 
     # -- time -----------------------------------------------------------------------------------------------------

@@ -112,17 +112,18 @@ class _Watch:
         self.hinted: list[Hinted] = []
         self._last = (0, 0, 0, time.monotonic())
         self._before = guest.driver.statistics()
-        self._began = 0.0
+        self._looked = self._began = time.monotonic()
 
     def hints(self) -> None:
         """Note what the driver hinted since the last look."""
         now = self.guest.driver.statistics()
         if now["runs"] > self._before["runs"]:
             self.hinted.append(Hinted(now["active"], 0, 0.0))
-            self._began = time.monotonic()
+            self._began = self._looked
+        self._looked = time.monotonic()
         if self.hinted and now["blocks"] > self._before["blocks"]:
             self.hinted[-1].blocks += now["blocks"] - self._before["blocks"]
-            self.hinted[-1].seconds = time.monotonic() - self._began
+            self.hinted[-1].seconds = self._looked - self._began
         self._before = now
 
     def pass_ended(self, info: dict[str, Any]) -> None:
@@ -213,7 +214,8 @@ def migrate(
             watch.hints()
             for event in source.qmp.take_events():
                 if event["event"] == "MIGRATION_PASS":
-                    watch.pass_ended(source.qmp.execute("query-migrate"))
+                    if event["data"]["pass"] > 1:  # the event is sent when a pass begins
+                        watch.pass_ended(source.qmp.execute("query-migrate"))
                     if event["data"]["pass"] > max_rounds and converged:
                         converged = False
                         source.qmp.execute("migrate-set-parameters", downtime_limit=LONGEST_DOWNTIME_MS)
