@@ -77,7 +77,7 @@ class QemuProcess:
     def __init__(self, options: QemuOptions, ram: int) -> None:
         self.options = options
         self.binary = find_qemu(options.transport)
-        self._stderr: IO[bytes] = tempfile.TemporaryFile()
+        self._stderr: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115
         with contextlib.ExitStack() as stack:
             mine, theirs = zip(*(socket.socketpair() for _ in range(2)), strict=True)
             for end in theirs:

@@ -84,7 +84,11 @@ class MigrationOutcome:
     """From the guest's freeze until the destination had everything."""
     marked_at_freeze: int
     """Pages marked for QEMU's dirty log while the guest was frozen."""
+    pages_marked: int
+    """Pages marked in all."""
     guest_at_pause: dict[str, Any]
+    dirty_log: str
+    """How the writes were found."""
     verdict: Verdict = field(default_factory=Verdict)
 
     @property
@@ -201,7 +205,8 @@ def migrate(
     _prepare(destination)
     limits = {"max_bandwidth": bandwidth or NO_LIMIT, "downtime_limit": round(downtime_limit * 1000)}
     source.qmp.execute("migrate-set-parameters", **limits)
-    guest.track_writes(dirty_log)
+    before = guest.pages_marked
+    name = guest.track_writes(dirty_log)
     watch = _Watch(guest)
     converged, marked, frozen_at = True, 0, 0.0
     pause: dict[str, Any] = {}
@@ -240,7 +245,8 @@ def migrate(
     frozen = time.monotonic() - frozen_at
     info = source.qmp.execute("query-migrate")
     watch.pass_ended(info)
-    outcome = MigrationOutcome(info, watch.passes, watch.hinted, converged, frozen, marked, pause)
+    total = guest.pages_marked - before
+    outcome = MigrationOutcome(info, watch.passes, watch.hinted, converged, frozen, marked, total, pause, name)
     outcome.verdict = compare(guest, destination, hints=bool(outcome.hinted))
     return outcome
 
