@@ -147,8 +147,9 @@ class QemuGuest:
         if self._log is not None and time.monotonic() - self._marked_at >= MARK_INTERVAL:
             self.mark()
         wait = 0.0 if busy else min(max(wake - self.now, 0.0), longest)
-        if wait and not self.machine.qtest.any_high:
-            select.select([self.machine.qtest, self.machine.qmp], [], [], wait)
+        if wait > 0 and not self.machine.qtest.any_high:
+            watched = [self.machine.qtest.fileno(), self.machine.qmp.fileno()]
+            select.select(watched, [], [], wait)
 
     def run_until(self, done: Callable[[], bool], timeout: float, what: str) -> None:
         """Serve until `done()`.
