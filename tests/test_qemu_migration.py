@@ -41,7 +41,7 @@ def test_hints_save_what_is_free(transport: str) -> None:
     assert without["hint_runs"] == []
     hinted = sum(run["bytes"] for run in with_hints["hint_runs"])
     assert hinted == with_hints["free_in_blocks_bytes"] > 64 * MIB
-    assert with_hints["bytes_sent"] < without["bytes_sent"] - 0.95 * hinted
+    assert with_hints["bytes_sent"] < without["bytes_sent"] - 0.85 * hinted  # the first burst comes before the hints
 
 
 @pytest.mark.parametrize("dirty_log", ["software", "auto"])

@@ -90,12 +90,13 @@ def exercise(guest: QemuGuest, pages: int = 4096) -> Exercise:
     if features & BalloonFeature.STATS_VQ:
         done.statistics_match = _statistics(guest)
     if features & BalloonFeature.REPORTING:
-        before = driver.statistics()["reported"]
+        _fill(guest)
+        before, holes = driver.statistics()["reported"], _holes(guest, guest.manager.bitmap(free=True))
         guest.skip(REPORT_DELAY + 0.1)
         guest.run_until(lambda: driver.statistics()["reported"] > before, TIMEOUT, "a report to be acknowledged")
         guest.run_until(lambda: not guest.driver.step(), TIMEOUT, "the pass of reports to end")
         done.reported_pages = (driver.statistics()["reported"] - before) << HINT_ORDER
-        done.reported_dropped_pages = _holes(guest, guest.manager.bitmap(free=True))
+        done.reported_dropped_pages = _holes(guest, guest.manager.bitmap(free=True)) - holes
     if features & BalloonFeature.DEFLATE_ON_OOM:
         done.oom_deflated_pages = _out_of_memory(guest, pages)
     guest.manager.verify()
@@ -116,7 +117,7 @@ def _inflate(guest: QemuGuest, pages: int) -> None:
 
 
 def _holes(guest: QemuGuest, pages: bitmap.Bitmap) -> int:
-    """Return how many of these pages of blocks that were filled have no memory behind them."""
+    """Return how many of these pages have no memory behind them."""
     span = guest.memory.page_span
     here, wanted = bitmap.to_bools(populated(guest.memory), span), bitmap.to_bools(pages, span)
     return int(np.count_nonzero(wanted & ~here))
