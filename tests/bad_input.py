@@ -21,6 +21,7 @@ from raw_driver import (
     Desc,
     RawDriver,
 )
+
 from vring.features import CommonFeature, Status
 from vring.memory import PAGE_SIZE
 

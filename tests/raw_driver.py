@@ -1,4 +1,4 @@
-"""A driver that writes descriptors by hand, right or wrong, over any virtio-mmio bus; and the devices it is set upon."""
+"""A driver that writes descriptors by hand, right or wrong, over virtio-mmio; and the devices it is set upon."""
 
 from __future__ import annotations
 

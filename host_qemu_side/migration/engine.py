@@ -382,7 +382,6 @@ class Migration:
             self._thaw()
         self.result.pages_hole = self._ram.holes
         yield self._now
-        self._next_send = self._now
         if self.hints is not None:
             self.hints.sink = self._hint
 
@@ -593,7 +592,7 @@ class Migration:
             return False
         left = bitmap.count(self._ram.to_send) * PAGE_SIZE
         room = min(sent / seconds, self.limits.bandwidth) * self.limits.downtime
-        return left <= min(room * 0.9, sent)  # the sync that comes next finds a little more
+        return left <= min(room * 0.96, sent)  # the sync that comes next finds a little more
 
     def _queue(self, buffers: Sequence[bytes | memoryview]) -> None:
         size = sum(len(b) for b in buffers)
