@@ -3,24 +3,24 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 from click.core import ParameterSource
 from rich.console import Console
-from rich.logging import RichHandler
 
 from balloon_cli import doctor as doctor_module
 from balloon_cli import report
 from balloon_cli.bench import bench
 from balloon_cli.ctl import ctl
-from balloon_cli.errors import INVARIANT, MISSING, USAGE, VANISHED, exit_code
+from balloon_cli.drive_commands import compare, drive
+from balloon_cli.errors import MISSING, USAGE, VANISHED, exit_code
 from balloon_cli.live import LiveProgress, make_progress
 from balloon_cli.migrate import MigrateOptions, migrate_all
+from balloon_cli.options import SIZE, fail_if, set_up_logging
 from balloon_cli.receive import ReceiveOptions, receive_guest
 from balloon_cli.serve import serve
 from balloon_dev.profiles import PROFILES, profile_named
@@ -28,33 +28,11 @@ from guest_driver.workloads import FORMS, parse_workload
 from host_qemu_side.migration import Limits
 from host_qemu_side.migration.output import parse_address
 from vring.errors import PeerVanished, UsageError, VirtioError
-from vring.sizes import format_size, parse_size
-
-if TYPE_CHECKING:
-    _SizeBase = click.ParamType[int]
-else:
-    _SizeBase = click.ParamType  # not generic before click 8.4
-
+from vring.sizes import format_size
 
 __all__ = ["cli", "run"]
 
 
-class Size(_SizeBase):
-    """A size such as 4G."""
-
-    name = "size"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        """Parse it."""
-        if isinstance(value, int):
-            return value
-        try:
-            return parse_size(value)
-        except UsageError as error:
-            self.fail(str(error), param, ctx)
-
-
-SIZE = Size()
 MIN_MEMORY = 16 << 20
 
 
@@ -199,7 +177,7 @@ def migrate(ctx: click.Context, /, **options: Any) -> None:
     console = Console(stderr=True)
     title = f"{format_size(options['memory'])} {options['guest']} guest, {options['workload']}, seed {options['seed']}"
     progress = make_progress(title, console, verbose=verbose)
-    _set_up_logging(verbose, console if isinstance(progress, LiveProgress) else None)
+    set_up_logging(verbose, console if isinstance(progress, LiveProgress) else None)
     limits = Limits(float(options.pop("bandwidth")), options.pop("downtime_limit"), options.pop("max_rounds"))
     profile = profile_named(options.pop("profile"))
     result = migrate_all(MigrateOptions(limits=limits, profile=profile, verbose=verbose > 0, **options), progress)
@@ -207,7 +185,7 @@ def migrate(ctx: click.Context, /, **options: Any) -> None:
         click.echo(json.dumps(result))
     else:
         report.print_migration(result, Console(), verbose=verbose)
-    _fail_if(report.findings(result))
+    fail_if(report.findings(result))
 
 
 def _check_values(ctx: click.Context, options: dict[str, Any]) -> None:
@@ -237,21 +215,6 @@ def _check_values(ctx: click.Context, options: dict[str, Any]) -> None:
                 param_hint="--hints",
             )
         options["hints"] = "on"
-
-
-def _set_up_logging(verbose: int, console: Console | None) -> None:
-    handler: logging.Handler = logging.StreamHandler()
-    if console is not None:
-        handler = RichHandler(console=console, show_time=False, show_path=False)
-    level = logging.DEBUG if verbose > 1 else logging.WARNING
-    logging.basicConfig(level=level, format="%(name)s: %(message)s", handlers=[handler])
-
-
-def _fail_if(found: list[str]) -> None:
-    for line in found:
-        print(f"balloon: {line}", file=sys.stderr)
-    if found:
-        sys.exit(INVARIANT)
 
 
 @cli.command(
@@ -303,7 +266,7 @@ def receive(
         raise click.BadParameter(str(error), param_hint="ADDRESS") from error
     if keep and no_resume:
         raise click.UsageError("--keep and --no-resume exclude each other")
-    _set_up_logging(verbose, None)
+    set_up_logging(verbose, None)
 
     def say(text: str) -> None:
         if not quiet:
@@ -320,7 +283,7 @@ def receive(
         click.echo(json.dumps(facts))
     elif not quiet:
         report.print_reception(facts, Console())
-    _fail_if(report.resumed_findings(facts["resumed"]))
+    fail_if(report.resumed_findings(facts["resumed"]))
 
 
 @cli.command(
@@ -355,6 +318,8 @@ def doctor(work_dir: Path, as_json: bool) -> None:
 cli.add_command(bench)
 cli.add_command(serve)
 cli.add_command(ctl)
+cli.add_command(drive)
+cli.add_command(compare)
 
 
 def run(arguments: list[str] | None = None) -> int:

@@ -81,7 +81,13 @@ class MemoryManager(Zone):
 
     @classmethod
     def create(
-        cls, memory: GuestMemory, *, seed: int = 0, watermark: int | None = None, spare: int | None = None
+        cls,
+        memory: GuestMemory,
+        *,
+        seed: int = 0,
+        watermark: int | None = None,
+        spare: int | None = None,
+        low: int = PAGE_SIZE,
     ) -> MemoryManager:
         """Format guest RAM: kernel area, zone, all the rest free.
 
@@ -95,6 +101,8 @@ class MemoryManager(Zone):
             Pages that ordinary allocations leave alone; by default 4 * sqrt(KiB of RAM) KiB, at most 1 %.
         spare
             Bytes of the kernel area for pieces reserved later; by default 1/64 of the first region, 256 KiB to 2 MiB.
+        low
+            Use nothing below this address, whole pages, but the first page: a PC has ROM under its first MiB.
 
         Raises
         ------
@@ -105,8 +113,10 @@ class MemoryManager(Zone):
         if spare is None:
             spare = min(max(first.size // 64, 256 << 10), 2 << 20)
         zone_bytes = lib.pa_zone_bytes(memory.page_span)
-        area = (2 * PAGE_SIZE + zone_bytes + spare + PAGE_SIZE - 1) // PAGE_SIZE * PAGE_SIZE
+        area = (low + PAGE_SIZE + zone_bytes + spare + PAGE_SIZE - 1) // PAGE_SIZE * PAGE_SIZE
         kernel = KernelArea.format(memory, area, seed=seed)
+        if low > PAGE_SIZE:
+            kernel.reserve("low", low - PAGE_SIZE, PAGE_SIZE)
         kernel.reserve("zone", zone_bytes, PAGE_SIZE)
         manager = cls(memory, kernel)
         if watermark is None:

@@ -17,7 +17,7 @@ from balloon_dev.hinting import HintState
 from balloon_dev.profiles import LINUX
 from host_qemu_side.linux_guest import LinuxGuest
 from host_qemu_side.linux_guest.handle import LinuxGuestHandle
-from host_qemu_side.migration.engine import Limits
+from host_qemu_side.migration import Limits
 from host_qemu_side.source import SourceHost
 from vring.errors import MissingFacility
 

@@ -18,13 +18,21 @@ from balloon_dev.profiles import SPEC, Profile
 from guest_driver.balloon.hinting import Hinting
 from guest_driver.balloon.inflate import Inflating
 from guest_driver.balloon.reporting import Reporting
-from guest_driver.balloon.state import DEFAULT_FEATURES, MAGIC, REPORT_DELAY, STATE, FreeAt, Request
+from guest_driver.balloon.state import (
+    DEFAULT_FEATURES,
+    MAGIC,
+    REPORT_DELAY,
+    REPORT_RANGES,
+    STATE,
+    FreeAt,
+    Request,
+)
 from guest_driver.balloon.stats import Statistics
 from guest_driver.memory_manager import MemoryManager, Owner
 from guest_driver.transport import Interrupts, Transport
 from vring.errors import DeviceError, UsageError, VirtioError
 from vring.features import CommonFeature
-from vring.split import DriverQueue
+from vring.split import DESC, DriverQueue
 
 __all__ = ["BalloonDriver"]
 
@@ -201,6 +209,8 @@ class BalloonDriver(Hinting, Inflating, Reporting, Statistics):
             layout,
             state=state,
             event_idx=bool(self.features & CommonFeature.EVENT_IDX),
+            indirect=self._indirect(role, layout.size),
+            indirect_len=min(REPORT_RANGES, layout.size) if self._indirect(role, layout.size) is not None else 0,
             index=index,
             lax_lengths=True,
         )
@@ -208,6 +218,17 @@ class BalloonDriver(Hinting, Inflating, Reporting, Statistics):
             queue.disable_callbacks()  # used buffers are collected before the next add, never waited for
         self._queues[role] = queue
         self.transport.setup_queue(index, queue.layout)
+
+    def _indirect(self, role: QueueRole, size: int) -> int | None:
+        """Return where a queue's indirect tables lie, None for a queue that does without.
+
+        Only reports have buffers of more than one segment, and a ring of many entries holds several of them anyway.
+        """
+        if role is not QueueRole.REPORTING or not self.features & CommonFeature.INDIRECT_DESC or size > REPORT_RANGES:
+            return None
+        kernel, name = self.manager.kernel, f"{role.value}.indirect"
+        place = kernel.find(name)
+        return kernel.reserve(name, size * min(REPORT_RANGES, size) * DESC.itemsize, 64) if place is None else place
 
     def remove(self) -> None:
         """Empty the balloon as far as the device answers, reset the device, give every page back to the allocator."""
@@ -273,6 +294,11 @@ class BalloonDriver(Hinting, Inflating, Reporting, Statistics):
         if int(self._state["working"]) and int(self._state["request"]) == Request.NONE:
             times.append(float(self._state["retry_at"]))
         return min(times)
+
+    @property
+    def queues(self) -> list[DriverQueue]:
+        """The queues that are set up."""
+        return list(self._queues.values())
 
     def statistics(self) -> dict[str, int]:
         """Return counters since the driver was probed."""

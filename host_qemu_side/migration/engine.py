@@ -227,7 +227,6 @@ class Migration:
             self._thaw()
         self.result.pages_hole = self._ram.holes
         yield self._now
-        self._next_send = self._now
         if self.hints is not None:
             self.hints.sink = self._hint
 
@@ -255,6 +254,8 @@ class Migration:
             if limited and self.limits.bandwidth and self._now < self._next_send:
                 yield self._next_send
                 continue
+            if limited and self._rest_fits():
+                return
             taken = self._ram.take()
             if taken is None:
                 return
@@ -421,6 +422,22 @@ class Migration:
             # A round with little to send says little about the link.
             rate = self.limits.bandwidth if self.result.bytes_sent < 4 << 20 else min(rate, self.limits.bandwidth)
         return max(rate, 1 << 20) * self.limits.downtime
+
+    def _rest_fits(self) -> bool:
+        """Whether this round can end early, as QEMU ends its own: what is left fits the downtime limit already.
+
+        Only on a limited link (the last round is not limited, so time is saved), when no hints are to come, and when
+        the round has sent as much as is left: before that nothing is known of the link.
+        """
+        if not self.limits.bandwidth or self._run is not None or self.log.needs_frozen_guest:
+            return False
+        assert self._ram is not None
+        sent, seconds = self._round.bytes_sent, self._now - self._round_since
+        if sent < 4 << 20 or seconds <= 0:
+            return False
+        left = bitmap.count(self._ram.to_send) * PAGE_SIZE
+        room = min(sent / seconds, self.limits.bandwidth) * self.limits.downtime
+        return left <= min(room * 0.96, sent)  # the sync that comes next finds a little more
 
     def _queue(self, buffers: Sequence[bytes | memoryview]) -> None:
         size = sum(len(b) for b in buffers)

@@ -49,6 +49,11 @@ class SoftwareDirtyLog:
         self._log: Bitmap = np.frombuffer(self._map, dtype=np.uint64, count=(pages + 63) // 64)
         self._words = bitmap.words(self._log)
 
+    @property
+    def bits(self) -> Bitmap:
+        """The log itself, for a writer that marks it in C (with release order, as `mark`)."""
+        return self._log
+
     @classmethod
     def for_memory(cls, memory: GuestMemory) -> SoftwareDirtyLog:
         """Return a private log as long as `memory`."""
