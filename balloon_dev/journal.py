@@ -118,12 +118,12 @@ class Journal:
         return self.epoch
 
     def last_epochs(self) -> npt.NDArray[np.uint32]:
-        """Epoch of the last write of each page (a copy); only meaningful where `write_epochs` is not 0."""
-        return (self.entries >> np.uint64(32)).astype(np.uint32)
+        """Epoch of the last write of each page (a view, no copy); only meaningful where `write_epochs` is not 0."""
+        return self.entries.view("<u4")[1::2]
 
     def write_epochs(self) -> npt.NDArray[np.uint32]:
-        """In how many distinct epochs each page was written (a copy)."""
-        return (self.entries & np.uint64(0xFFFFFFFF)).astype(np.uint32)
+        """In how many distinct epochs each page was written (a view, no copy)."""
+        return self.entries.view("<u4")[0::2]
 
     def written_since(self, epoch: int) -> npt.NDArray[np.bool_]:
         """Which pages were written in `epoch` or later."""

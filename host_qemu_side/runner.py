@@ -266,6 +266,7 @@ class MigrationRunner:
         if not self.migration.committed:  # then it is the destination's, and this one may end
             self._guest.check_alive()
         wake = self.migration.step(self._clock())
+        self._take_digests()
         if self.migration.finished:
             self._collect()
             self._end()
@@ -308,6 +309,14 @@ class MigrationRunner:
             self._loop.watch(self._watched, _nothing, READ)
         return record
 
+    def _take_digests(self) -> None:
+        """Hand digests to the witness as they come: of a large guest there are many."""
+        answers = self.migration.answers
+        while answers and answers[0].kind is Kind.DIGESTS:
+            record = answers.pop(0)
+            if self.witness is not None:
+                self.witness.arrived(np.frombuffer(record.payload, "<u8", len(record.payload) // 8))
+
     def _collect(self) -> None:
         outcome, witness, answers = self.outcome, self.witness, self.migration.answers
         if answers:
@@ -316,15 +325,7 @@ class MigrationRunner:
         if witness is None:
             return
         outcome.judge = witness.verdict
-        sizes = [len(r.payload) // 8 for r in answers if r.kind is Kind.DIGESTS]
-        if sizes:
-            digests, at = np.empty(sum(sizes), np.uint64), 0
-            while answers:  # let go of each piece: of a large guest there are many
-                record = answers.pop(0)
-                if record.kind is Kind.DIGESTS:
-                    piece = np.frombuffer(record.payload, "<u8", len(record.payload) // 8)
-                    digests[at : at + len(piece)] = piece
-                    at += len(piece)
+        if (digests := witness.destination) is not None:
             outcome.verdict = witness.verdict(digests)
         outcome.nonzero_at_start = witness.nonzero_at_start
         outcome.nonzero_outside_hints = witness.nonzero_outside_hints()

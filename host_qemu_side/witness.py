@@ -14,6 +14,7 @@ import numpy.typing as npt
 from balloon_dev.device import BalloonDevice
 from balloon_dev.journal import Journal
 from balloon_dev.oracle import Oracle, Verdict
+from host_qemu_side.migration import StreamError
 from vring.contents import digests_of
 from vring.memory import PAGE_SHIFT, GuestMemory
 
@@ -61,6 +62,8 @@ class Witness:
         self.at_pause: npt.NDArray[np.uint64] = _shared(pages, np.uint64)  # type: ignore[assignment]
         self.nonzero_at_start = 0
         self.first_digest_rounds = 0
+        self._destination: npt.NDArray[np.uint64] | None = None
+        self._arrived = 0
         self._epoch = 0
         self._stamps_at_start = self._stamps()
         self._device = device
@@ -92,6 +95,28 @@ class Witness:
         began = time.monotonic()
         digests_of(self.memory, self.at_pause)
         self.clock.excluded += time.monotonic() - began
+
+    def arrived(self, digests: npt.NDArray[np.uint64]) -> None:
+        """Take the next digests of the destination's pages, in order from page 0.
+
+        Raises
+        ------
+        StreamError
+            If there are more than the guest has pages.
+        """
+        if self._destination is None:
+            self._destination = _shared(self.memory.page_span, np.uint64)  # type: ignore[assignment]
+        assert self._destination is not None
+        end = self._arrived + len(digests)
+        if end > len(self._destination):
+            raise StreamError(f"the destination sent digests of {end} pages, there are {len(self._destination)}")
+        self._destination[self._arrived : end] = digests
+        self._arrived = end
+
+    @property
+    def destination(self) -> npt.NDArray[np.uint64] | None:
+        """Digests that arrived from the destination, None if none did."""
+        return None if self._destination is None else self._destination[: self._arrived]
 
     def close(self) -> None:
         """Take the tap off."""

@@ -22,9 +22,9 @@ from guest_driver.memory_manager import HINT_ORDER, Owner
 from host_qemu_side.discard import Discarder
 from host_qemu_side.migration import HintRunStats, Migration, Phase
 from host_qemu_side.migration.ram import RamState
-from host_qemu_side.migration.receiver import digests_of
 from host_qemu_side.migration.stream import Kind
 from vring import bitmap
+from vring.contents import digests_of
 from vring.dirty.software import SoftwareDirtyLog
 from vring.split import DriverQueue
 

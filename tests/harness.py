@@ -27,10 +27,10 @@ from guest_driver.memory_manager import HINT_ORDER, Alloc, MemoryManager, Owner
 from guest_driver.workloads import Workload
 from host_qemu_side.discard import Discarder
 from host_qemu_side.migration import Limits, Migration
-from host_qemu_side.migration.receiver import digests_of
 from host_qemu_side.python_guest import CombinedLog
 from host_qemu_side.witness import Witness
 from vring import bitmap
+from vring.contents import digests_of
 from vring.dirty import DirtyLog
 from vring.dirty.software import SoftwareDirtyLog
 from vring.dirty.wp_async import WpAsyncDirtyLog, WriteProtection

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 
 from host_qemu_side.migration.ram import populated
-from host_qemu_side.migration.receiver import Receiver, ReceiverState, digests_of
+from host_qemu_side.migration.receiver import Receiver, ReceiverState
 from host_qemu_side.migration.stream import Kind, Record, StreamError, StreamReader, StreamWriter
 from vring import bitmap
+from vring.contents import digests_of
 from vring.memory import GuestMemory
 
 REGIONS = [[0, 64 << 12], [128 << 12, 64 << 12]]

@@ -12,7 +12,7 @@ from vring import bitmap
 from vring.bitmap import Bitmap
 from vring.memory import PAGE_SHIFT, PAGE_SIZE, GuestMemory
 
-__all__ = ["digests_of", "populated"]
+__all__ = ["digest_range", "digests_of", "populated"]
 
 
 def populated(memory: GuestMemory) -> Bitmap:
@@ -41,6 +41,19 @@ def populated(memory: GuestMemory) -> Bitmap:
             bitmap.set_run(present, first, last - first)
             at = hole
     return present
+
+
+def digest_range(memory: GuestMemory, present: Bitmap, first: int, digests: npt.NDArray[np.uint64]) -> None:
+    """Write the digests of pages ``first, first + 1, ...`` into `digests`, as many as it has room for.
+
+    Pages that are not RAM get 0, and so do those that are clear in `present`, which are not read.
+    """
+    digests[:] = 0
+    for region in memory.regions:
+        start, end = max(first, region.gpa >> PAGE_SHIFT), min(first + len(digests), region.end >> PAGE_SHIFT)
+        if start < end:
+            address = memory.host_address(start << PAGE_SHIFT, (end - start) << PAGE_SHIFT)
+            bitmap.digest_pages(address, end - start, digests[start - first : end - first], present, start)
 
 
 def digests_of(memory: GuestMemory, out: npt.NDArray[np.uint64] | None = None) -> npt.NDArray[np.uint64]:

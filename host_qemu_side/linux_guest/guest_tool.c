@@ -121,7 +121,7 @@ static int churn(int argc, char **argv)
     uint64_t total = meminfo(info, "MemTotal:");
     uint64_t reserve = size_arg(option(argc, argv, "--reserve", "0"));
     if (!reserve)
-        reserve = total / 100 > (3u << 20) ? total / 100 : 3u << 20;
+        reserve = total / 64 > (6u << 20) ? total / 64 : 6u << 20;
     if (keep < 0 || keep > 1 || !extent || file < PAGE || info < 0) {
         fprintf(stderr, "churn: --keep is 0 to 100 per cent, --extent and --file are sizes\n");
         return 2;

@@ -343,6 +343,7 @@ class Migration:
                 if record.kind is Kind.READY:
                     extra = float(record.json().get("digest_seconds", 0.0))
                     break
+                yield self._now  # whoever wants it takes it from `answers` before the next one comes
         if not self.hand_over:
             self.output.finish()
         elif self.output.two_way:
