@@ -1,4 +1,4 @@
-"""On a limited link a round ends when what is left fits the downtime limit, as QEMU's does; else it sends everything."""
+"""On a limited link a round ends when what is left fits the downtime limit, as QEMU's does; else all is sent."""
 
 from __future__ import annotations
 
