@@ -14,6 +14,7 @@
 #include <string.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
+#include <sys/wait.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -109,6 +110,51 @@ static void oom_score(const char *text)
 
 /* ---- churn: use nearly all memory, then free all but a share, in extents ---- */
 
+/* Shared with the child that fills. */
+struct filling {
+    uint64_t filled, extents, files;
+};
+
+/* Extents are folders of files written one after another, so their pages are mostly neighbours. */
+static void fill(struct filling *s, struct rng *r, const char *dir, int me, uint64_t extent, uint64_t file,
+                 uint64_t limit, uint64_t reserve, int info)
+{
+    static uint64_t chunk[256 * 1024 / 8];
+    uint64_t inside = extent;
+    char path[256];
+    int full = 0;
+    while (!full) {
+        if (inside >= extent) {
+            snprintf(path, sizeof path, "%s/e%d.%llu", dir, me, (unsigned long long)s->extents);
+            if (mkdir(path, 0700) && errno != EEXIST)
+                break;
+            s->extents++;
+            inside = 0;
+        }
+        snprintf(path, sizeof path, "%s/e%d.%llu/f%llu", dir, me, (unsigned long long)(s->extents - 1),
+                 (unsigned long long)s->files);
+        int fd = open(path, O_WRONLY | O_CREAT | O_TRUNC, 0600);
+        if (fd < 0)
+            break;
+        s->files++;
+        uint64_t want = file / 2 + next(r) % file; /* mean: `file` */
+        want = (want + PAGE - 1) / PAGE * PAGE;
+        while (want && !full) {
+            uint64_t n = want < sizeof chunk ? want : sizeof chunk;
+            for (uint64_t i = 0; i < n / 8; i++)
+                chunk[i] = next(r);
+            ssize_t done = write(fd, chunk, n);
+            if (done > 0) {
+                s->filled += (uint64_t)done;
+                inside += (uint64_t)done;
+            }
+            want -= n;
+            full = done != (ssize_t)n || (limit && s->filled >= limit) || meminfo(info, "MemFree:") < reserve;
+        }
+        close(fd);
+    }
+}
+
 static int churn(int argc, char **argv)
 {
     const char *dir = option(argc, argv, "--dir", "/fill");
@@ -126,44 +172,34 @@ static int churn(int argc, char **argv)
         fprintf(stderr, "churn: --keep is 0 to 100 per cent, --extent and --file are sizes\n");
         return 2;
     }
-    oom_score("900"); /* if the guess about memory was wrong, this process goes, not a tagger */
-    static uint64_t chunk[256 * 1024 / 8];
-    uint64_t filled = 0, extents = 0, files = 0, inside = extent;
     char path[256];
     double began = now();
-    int full = 0, me = (int)getpid(); /* in the names: what an earlier churn left stays apart */
-    /* Extents are folders of files written one after another, so their pages are mostly
-     * neighbours. */
-    while (!full) {
-        if (inside >= extent) {
-            snprintf(path, sizeof path, "%s/e%d.%llu", dir, me, (unsigned long long)extents);
-            if (mkdir(path, 0700) && errno != EEXIST)
-                break;
-            extents++;
-            inside = 0;
-        }
-        snprintf(path, sizeof path, "%s/e%d.%llu/f%llu", dir, me, (unsigned long long)(extents - 1),
-                 (unsigned long long)files);
-        int fd = open(path, O_WRONLY | O_CREAT | O_TRUNC, 0600);
-        if (fd < 0)
-            break;
-        files++;
-        uint64_t want = file / 2 + next(&r) % file; /* mean: `file` */
-        want = (want + PAGE - 1) / PAGE * PAGE;
-        while (want && !full) {
-            uint64_t n = want < sizeof chunk ? want : sizeof chunk;
-            for (uint64_t i = 0; i < n / 8; i++)
-                chunk[i] = next(&r);
-            ssize_t done = write(fd, chunk, n);
-            if (done > 0) {
-                filled += (uint64_t)done;
-                inside += (uint64_t)done;
-            }
-            want -= n;
-            full = done != (ssize_t)n || (limit && filled >= limit) || meminfo(info, "MemFree:") < reserve;
-        }
-        close(fd);
+    int me = (int)getpid(); /* in the names: what an earlier churn left stays apart */
+    struct filling *s = mmap(NULL, sizeof *s, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
+    if (s == MAP_FAILED) {
+        perror("churn");
+        return 1;
     }
+    /* How much of MemFree can be had nobody tells (a part is kept for atomic allocations): a child fills, and
+     * if the kernel has to kill it, memory is full. What it had written down holds. */
+    fflush(stdout);
+    pid_t child = fork();
+    if (child < 0) {
+        perror("churn");
+        return 1;
+    }
+    if (!child) {
+        oom_score("900");
+        fill(s, &r, dir, me, extent, file, limit, reserve, info);
+        _exit(0);
+    }
+    int status = 0;
+    while (waitpid(child, &status, 0) < 0 && errno == EINTR)
+        ;
+    if (WIFEXITED(status) && WEXITSTATUS(status))
+        return WEXITSTATUS(status);
+    uint64_t filled = s->filled, extents = s->extents, files = s->files;
+    r.at = (uint64_t)1 << 32; /* behind everything the child drew */
     double fill_time = now() - began;
     uint64_t free_full = meminfo(info, "MemFree:");
 
