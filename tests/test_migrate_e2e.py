@@ -21,13 +21,13 @@ BALLOON = [sys.executable, "-m", "balloon_cli"]
 MARKER = "BALLOON_E2E_TEST"
 
 CASES: dict[str, list[str]] = {
-    "1G": ["--memory", "1G", "--bandwidth", "1G"],
-    "churn": ["--memory", "256M", "--bandwidth", "512M"],
-    "writer": ["--memory", "256M", "--bandwidth", "512M", "--workload", "writer:64M@20M"],
-    "build": ["--memory", "256M", "--bandwidth", "512M", "--workload", "build"],
-    "idle": ["--memory", "256M", "--bandwidth", "512M", "--workload", "idle"],
-    "churn+writer": ["--memory", "256M", "--bandwidth", "512M", "--workload", "churn+writer:16M@10M"],
-    "software": ["--memory", "256M", "--bandwidth", "512M", "--dirty-log", "software"],
+    "1G": ["--memory", "1G", "--bandwidth", "128M"],
+    "churn": ["--memory", "256M", "--bandwidth", "128M"],
+    "writer": ["--memory", "256M", "--bandwidth", "128M", "--workload", "writer:64M@20M"],
+    "build": ["--memory", "256M", "--bandwidth", "128M", "--workload", "build"],
+    "idle": ["--memory", "256M", "--bandwidth", "128M", "--workload", "idle"],
+    "churn+writer": ["--memory", "256M", "--bandwidth", "128M", "--workload", "churn+writer:16M@10M"],
+    "software": ["--memory", "256M", "--bandwidth", "128M", "--dirty-log", "software"],
     "software-writer": [
         *("--memory", "128M", "--bandwidth", "128M", "--dirty-log", "software"),
         *("--workload", "churn+writer:16M@10M"),
