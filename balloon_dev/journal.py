@@ -28,6 +28,8 @@ import threading
 import numpy as np
 import numpy.typing as npt
 
+from vring.backing import close_with
+
 __all__ = ["Journal", "JournalError"]
 
 MAGIC = int.from_bytes(b"VBJOURNL", "little")
@@ -70,6 +72,7 @@ class Journal:
             self.buffer, dtype="<u8", count=self.pages, offset=HEADER_BYTES
         )
         """Raw entries, uint64, over the shared memory itself."""
+        self._close_fd = close_with(self, (fd,))
 
     @classmethod
     def create(cls, pages: int) -> Journal:
@@ -138,7 +141,7 @@ class Journal:
             self._epoch = np.zeros(1, dtype=np.uint32)
             with contextlib.suppress(BufferError):  # somebody still holds an array: it keeps the mapping
                 self.buffer.close()
-            os.close(self.fd)
+            self._close_fd()
             self.fd = -1
 
     def __enter__(self) -> Journal:

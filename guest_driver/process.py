@@ -13,7 +13,6 @@ import json
 import logging
 import mmap
 import os
-import select
 import signal
 import socket
 import time
@@ -26,6 +25,7 @@ from balloon_dev.journal import Journal
 from balloon_dev.profiles import SPEC, Profile
 from guest_driver.balloon import DEFAULT_FEATURES, BalloonDriver, FreeAt
 from guest_driver.memory_manager import MemoryManager, Owner
+from guest_driver.transport import wait_readable
 from guest_driver.vhost_user import VhostUserTransport
 from guest_driver.workloads import Workload
 from vring.dirty import wp_async
@@ -253,22 +253,20 @@ class GuestProcess:
         PeerVanished
             If the device or the host is gone.
         """
-        poll = select.poll()
-        for fd in [*self.transport.filenos(), *([self._control.fileno()] if self._control else [])]:
-            poll.register(fd, select.POLLIN)
+        watched = [*self.transport.filenos(), *([self._control.fileno()] if self._control else [])]
         while not self._quit:
             while self._listen():
                 pass
             if self._quit:
                 break
             if self._paused and self._control is not None:
-                select.select([self._control], [], [], 1.0)
+                wait_readable([self._control.fileno()], 1.0)
                 continue
             busy = self._serve_driver()
             now = self._guest_time()
             wake = min(self.workload.step(now), self.driver.next_wake)
             timeout = 0.0 if busy else min(max(wake - self._guest_time(), 0.0), 0.5)
-            if poll.poll(timeout * 1000):
+            if wait_readable(watched, timeout):
                 self.transport.check_alive()
 
     def close(self) -> None:

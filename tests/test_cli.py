@@ -7,7 +7,6 @@ import json
 import os
 import pty
 import re
-import select
 import signal
 import socket
 import struct
@@ -26,6 +25,7 @@ from click.testing import CliRunner
 from balloon_cli.commands import cli
 from balloon_cli.live import CELLS, FREE, HINTED, SENT, SOME, TO_SEND, RamMap
 from balloon_cli.report import findings
+from guest_driver.transport import wait_readable
 from host_qemu_side.migration.ram import RamState
 from vring import bitmap
 from vring.memory import PAGE_SIZE, GuestMemory
@@ -222,7 +222,7 @@ def in_terminal(*arguments: str, **environment: str) -> tuple[bytes, int, list[A
     process = subprocess.Popen(arguments, stdin=slave, stdout=slave, stderr=slave, env=env)
     data, deadline = b"", time.monotonic() + 60
     while time.monotonic() < deadline:
-        if select.select([master], [], [], 0.1)[0]:
+        if wait_readable([master], 0.1):
             data += os.read(master, 1 << 16)
         elif process.poll() is not None:
             break

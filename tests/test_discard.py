@@ -8,7 +8,6 @@ import fcntl
 import mmap
 import os
 import platform
-import select
 import struct
 import threading
 from pathlib import Path
@@ -17,6 +16,7 @@ import numpy as np
 import pytest
 from discard_support import HUGE, fill, huge_pages, ranges, wrong_pages, zero_pages
 
+from guest_driver.transport import wait_readable
 from host_qemu_side.discard import (
     Discarder,
     DiscardFailed,
@@ -346,8 +346,8 @@ def test_userfaultfd_is_told_by_remove_only(remove):
             heard = []
 
             def listen():
-                while not done.is_set() or select.select([fd], [], [], 0)[0]:
-                    if select.select([fd], [], [], 0.02)[0]:
+                while not done.is_set() or wait_readable([fd], 0):
+                    if wait_readable([fd], 0.02):
                         message = os.read(fd, 32)
                         heard.append((message[0], *struct.unpack_from("=QQ", message, 8)))
 

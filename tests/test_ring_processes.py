@@ -72,7 +72,7 @@ def test_two_processes(event_idx, indirect, sleepy):
     driver = DriverQueue(memory, layout, state=STATE, event_idx=event_idx, base=65000, **tables)
     kick, call = os.eventfd(0), os.eventfd(0)
     region = memory.regions[0]
-    fd = os.dup(memory._owned_fds[0])
+    fd = os.dup(memory.regions[0].fd)
 
     def device_process():
         mine = GuestMemory.from_fds([Region(0, region.size, fd)])
@@ -164,7 +164,7 @@ def test_driver_goes_on_in_another_process():
     device.rebind(copy)
     device.push(np.concatenate([heads[:2], heads[5:]]))
     base = device.next_avail
-    fd = os.dup(copy._owned_fds[0])
+    fd = os.dup(copy.regions[0].fd)
     out, back = os.pipe()
 
     def destination():

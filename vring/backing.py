@@ -5,16 +5,28 @@ Knows descriptors and the kernel's tables; knows nothing of guest addresses.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import enum
 import mmap
 import os
+import weakref
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from vring._vring import lib
 from vring.errors import MissingFacility, UsageError
 
-__all__ = ["Backing", "classify", "describe_fd", "huge_page_counts", "make_memfd", "no_huge_pages"]
+__all__ = [
+    "Backing",
+    "classify",
+    "close_with",
+    "describe_fd",
+    "huge_page_counts",
+    "make_memfd",
+    "no_huge_pages",
+]
 
 PAGE_SIZE: int = lib.DIRTY_PAGE_SIZE
 HOST_PAGE_SIZE = max(PAGE_SIZE, mmap.PAGESIZE)
@@ -66,6 +78,30 @@ def describe_fd(fd: int) -> str:
         return os.readlink(f"/proc/self/fd/{fd}")
     except OSError:
         return ""
+
+
+def close_with(owner: object, fds: Iterable[int]) -> weakref.finalize[..., Any]:
+    """Have descriptors closed with the object that owns them, even if nobody calls its `close`.
+
+    Parameters
+    ----------
+    owner
+        The object; the caller must not close the descriptors in another way.
+    fds
+        What it owns.
+
+    Returns
+    -------
+    finalize
+        Call it to close them now; later calls do nothing, and its ``alive`` is false from then on.
+    """
+    return weakref.finalize(owner, _close_all, tuple(fds))
+
+
+def _close_all(fds: tuple[int, ...]) -> None:
+    for fd in fds:
+        with contextlib.suppress(OSError):
+            os.close(fd)
 
 
 def huge_page_counts(page_size: int) -> tuple[int, int] | None:

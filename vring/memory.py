@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from vring._vring import ffi, lib
-from vring.backing import HOST_PAGE_SIZE, Backing, classify, describe_fd, make_memfd, no_huge_pages
+from vring.backing import HOST_PAGE_SIZE, Backing, classify, close_with, describe_fd, make_memfd, no_huge_pages
 from vring.errors import GuestAddressError, UsageError
 
 __all__ = ["PAGE_SHIFT", "PAGE_SIZE", "Backing", "GuestMemory", "Region"]
@@ -137,7 +137,7 @@ class GuestMemory:
             entry.gpa, entry.size = region.gpa, region.size
             entry.host = ffi.cast("uint8_t *", array.ctypes.data)
         self.c_table.count = len(self.regions)
-        self._owned_fds: list[int] = []
+        self._close_fds = close_with(self, ())
 
     # -- making one ---------------------------------------------------------------------------------------------
 
@@ -255,7 +255,7 @@ class GuestMemory:
             for fd in owned.values():
                 os.close(fd)
             raise
-        memory._owned_fds = list(owned.values())
+        memory._close_fds = close_with(memory, owned.values())
         return memory
 
     @classmethod
@@ -375,9 +375,7 @@ class GuestMemory:
                     buffer.close()
         self._buffers.clear()
         self.c_table.count = 0
-        for fd in self._owned_fds:
-            os.close(fd)
-        self._owned_fds.clear()
+        self._close_fds()
 
     def __enter__(self) -> GuestMemory:
         return self

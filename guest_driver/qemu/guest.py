@@ -6,7 +6,6 @@ The driver and the workload are those of every other guest; only the transport i
 
 from __future__ import annotations
 
-import select
 import time
 from collections.abc import Callable
 from typing import Any
@@ -18,6 +17,7 @@ from guest_driver.balloon import DEFAULT_FEATURES, BalloonDriver
 from guest_driver.memory_manager import MemoryManager, Owner
 from guest_driver.qemu.machine import LOW_MEMORY, QemuMachine
 from guest_driver.qemu.remark import WriteLog, mark_written
+from guest_driver.transport import wait_readable
 from guest_driver.workloads import Workload
 from vring.errors import PeerVanished, UsageError
 
@@ -138,7 +138,7 @@ class QemuGuest:
     def serve(self, longest: float = LONGEST_WAIT) -> None:
         """Let driver and workload work a while; then wait for interrupts or monitor events, at most `longest` s."""
         if self._frozen:
-            select.select([self.machine.qmp], [], [], longest)
+            wait_readable([self.machine.qmp.fileno()], longest)
             return
         busy = self._serve_driver()
         wake = self.driver.next_wake
@@ -148,8 +148,7 @@ class QemuGuest:
             self.mark()
         wait = 0.0 if busy else min(max(wake - self.now, 0.0), longest)
         if wait > 0 and not self.machine.qtest.any_high:
-            watched = [self.machine.qtest.fileno(), self.machine.qmp.fileno()]
-            select.select(watched, [], [], wait)
+            wait_readable([self.machine.qtest.fileno(), self.machine.qmp.fileno()], wait)
 
     def run_until(self, done: Callable[[], bool], timeout: float, what: str) -> None:
         """Serve until `done()`.

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import select
 import socket
 import time
 from collections.abc import Sequence
 from typing import Any
 
+from guest_driver.transport import wait_readable
 from vring.errors import DeviceError, PeerVanished
 
 __all__ = ["QmpClient", "QmpError"]
@@ -130,7 +130,7 @@ class QmpClient:
             left = deadline - time.monotonic()
             if left <= 0:
                 raise PeerVanished(f"QMP: no event {name} {data or ''} within {timeout:g} s")
-            if select.select([self._socket], [], [], left)[0]:
+            if wait_readable([self._socket.fileno()], left):
                 self.look()
 
     def fileno(self) -> int:

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 from vring import bitmap
 from vring._vring import lib
+from vring.backing import close_with
 from vring.bitmap import Bitmap
 from vring.errors import MissingFacility
 from vring.memory import PAGE_SHIFT, GuestMemory
@@ -51,6 +52,7 @@ class WriteProtection:
         self._fd = lib.dirty_uffd_open()
         if self._fd < 0:
             raise MissingFacility(f"dirty log wp-async: userfaultfd WP_ASYNC: {os.strerror(-self._fd)}; {_NEEDS}")
+        self._close_fd = close_with(self, (self._fd,))
         self.ranges = []
         for region in memory.regions:
             address = memory.host_address(region.gpa, region.size)
@@ -64,9 +66,7 @@ class WriteProtection:
 
     def close(self) -> None:
         """End the tracking."""
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
+        self._close_fd()
 
 
 class WpAsyncDirtyLog:
@@ -100,6 +100,7 @@ class WpAsyncDirtyLog:
             raise MissingFacility(
                 f"dirty log wp-async: cannot open the pagemap of process {pid}: {error.strerror}"
             ) from error
+        self._close_pagemap = close_with(self, (self._pagemap,))
 
     def start(self) -> None:
         """Forget what was written so far (the first scan also reports pages that were never populated)."""
@@ -119,9 +120,8 @@ class WpAsyncDirtyLog:
 
     def stop(self) -> None:
         """Close the pagemap."""
-        if self._pagemap >= 0:
-            os.close(self._pagemap)
-            self._pagemap = -1
+        self._close_pagemap()
+        self._pagemap = -1
 
 
 def probe() -> None:
