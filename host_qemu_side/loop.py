@@ -19,6 +19,7 @@ class Loop:
 
     def __init__(self) -> None:
         self._selector = selectors.DefaultSelector()
+        self._soon: list[Callable[[], None]] = []
         self.tick: Callable[[], None] | None = None
         """Called each time round, after what was ready: for a display, or to look whether the user wants to stop."""
 
@@ -34,16 +35,23 @@ class Loop:
         if fd >= 0 and fd in self._selector.get_map():
             self._selector.unregister(fd)
 
+    def soon(self, callback: Callable[[], None]) -> None:
+        """Call `callback` once, the next time round: work that would never end comes in pieces, others between them."""
+        self._soon.append(callback)
+
     def filenos(self) -> list[int]:
         """Return all descriptors watched, for a caller with a wait of its own."""
         return [key.fd for key in self._selector.get_map().values()]
 
     def run_once(self, timeout: float = 0.0) -> None:
         """Serve what is ready, waiting for at most `timeout` seconds for something to become so."""
-        for key, _ in self._selector.select(max(timeout, 0.0)):
+        soon, self._soon = self._soon, []
+        for key, _ in self._selector.select(0.0 if soon else max(timeout, 0.0)):
             # A callback before this one may have ended the watch.
             if key.fd in self._selector.get_map() and self._selector.get_map()[key.fd].data is key.data:
                 key.data()
+        for callback in soon:
+            callback()
         if self.tick is not None:
             self.tick()
 

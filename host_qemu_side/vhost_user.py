@@ -45,6 +45,8 @@ class _Ring:
     enabled: bool = False
     queue: DeviceQueue | None = None
     """Set while the ring is live."""
+    again: bool = False
+    """The loop comes back to it: there may be more than was served."""
 
 
 class VhostUserBackend:
@@ -415,8 +417,7 @@ class VhostUserBackend:
         ring.queue = queue
         self.device.attach_queue(index, queue)
         if not self.held:
-            self.loop.watch(ring.kick, lambda: self._kicked(index))
-            self._process(index)
+            self._go(index)
 
     def _guest_address(self, user: int, index: int) -> int:
         for region in self._regions:
@@ -436,26 +437,52 @@ class VhostUserBackend:
         """Avail index to go on from; buffers that the device holds are popped again there."""
         return queue.next_avail - self.device.held_buffers(index) & 0xFFFF
 
-    def _kicked(self, index: int) -> None:
-        with contextlib.suppress(BlockingIOError):
-            os.read(self._rings[index].kick, 8)
+    def _go(self, index: int) -> None:
+        """Begin to listen for kicks, and look at what is there already."""
+        try:
+            self.loop.watch(self._rings[index].kick, lambda: self._kicked(index))
+        except OSError as error:  # what can be sent but not waited for: a plain file, a directory
+            self._broken(index, VhostUserError(f"vhost-user: cannot wait for kicks: {error.strerror}", queue=index))
+            return
         self._process(index)
+
+    def _kicked(self, index: int) -> None:
+        try:
+            with contextlib.suppress(BlockingIOError):
+                if not os.read(self._rings[index].kick, 8):
+                    raise VhostUserError("vhost-user: the front end closed its end of the kick", queue=index)
+        except (VhostUserError, OSError) as error:  # else it would be readable for ever
+            self._broken(index, error)
+        else:
+            self._process(index)
         self.deliver()
 
     def _process(self, index: int) -> None:
+        """Serve a queue for one call of the device; the rest, if there may be one, is left to the loop.
+
+        A guest can add buffers as fast as they are returned: whoever waited for the end of it would wait for ever.
+        """
+        ring = self._rings[index]
+        if ring.queue is None or self.held:
+            return
         try:
-            while self.device.process(index):
-                pass
+            if self.device.process(index) and not ring.again:
+                ring.again = True
+                self.loop.soon(lambda: self._again(index))
         except (VirtioError, OSError) as error:
             # The driver broke the ring, or this host could not do what it asked (a discard that failed: the buffer was
             # not returned). Either way this queue rests, and the others live on.
             self._broken(index, error)
 
+    def _again(self, index: int) -> None:
+        self._rings[index].again = False
+        self._process(index)
+        self.deliver()
+
     def process(self, index: int) -> None:
         """Serve a queue now, without a kick; used buffers are notified."""
-        if index < len(self._rings) and self._rings[index].queue is not None and not self.held:
-            self._process(index)
-            self.deliver()
+        if index < len(self._rings):
+            self._again(index)
 
     def _broken(self, index: int, error: Exception) -> None:
         """A ring that cannot be trusted: stop it, signal its err descriptor, log."""
@@ -492,8 +519,7 @@ class VhostUserBackend:
         self.held = False
         for index, ring in enumerate(self._rings):
             if ring.queue is not None:
-                self.loop.watch(ring.kick, lambda i=index: self._kicked(i))  # type: ignore[misc]
-                self._process(index)
+                self._go(index)
         self.deliver()
 
     def save(self) -> dict[str, Any]:
