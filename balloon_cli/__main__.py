@@ -3,26 +3,38 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
+from types import FrameType
 
 __all__ = ["main"]
 
 MISSING, INTERRUPTED = 3, 130
 
 
+def _interrupted(number: int = signal.SIGINT, frame: FrameType | None = None) -> None:
+    """End at once. No sys.exit: after a KeyboardInterrupt in exec() (dataclasses do that) CPython dies of SIGINT."""
+    os.write(2, b"balloon: interrupted\n")
+    os._exit(INTERRUPTED)
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Run a command and exit; see `balloon_cli.errors` for the exit codes."""
     try:
+        # No KeyboardInterrupt while modules load: one raised in a callback of the import system would be ignored there.
+        usual = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        if usual:
+            signal.signal(signal.SIGINT, _interrupted)
         from balloon_cli.commands import run
 
+        if usual:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         code = run(arguments)
     except ImportError as error:
         print(f"balloon: not completely installed: {error}; run `pip install -e .` or ./run build", file=sys.stderr)
         code = MISSING
     except KeyboardInterrupt:
-        print("balloon: interrupted", file=sys.stderr, flush=True)
-        # Not sys.exit: a KeyboardInterrupt inside exec(), as dataclasses do it, makes CPython die of SIGINT.
-        os._exit(INTERRUPTED)
+        _interrupted()
     sys.exit(code)
 
 

@@ -542,6 +542,27 @@ def test_ctrl_c_while_it_loads_is_no_traceback() -> None:
         assert all_gone(children)
 
 
+def test_ctrl_c_in_a_callback_of_the_import_system_is_not_lost() -> None:
+    """An exception in the callback of a weak reference is ignored; the import system has such callbacks."""
+    program = """
+import os, signal, sys, weakref
+
+class Finder:
+    def find_spec(self, name, path=None, target=None):
+        if name == "balloon_cli.commands":
+            lock = Finder()
+            self.reference = weakref.ref(lock, lambda _: os.kill(os.getpid(), signal.SIGINT))
+
+sys.meta_path.insert(0, Finder())
+from balloon_cli.__main__ import main
+main(["--version"])
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 130, done.stderr
+    assert done.stderr == "balloon: interrupted\n"
+    assert not done.stdout
+
+
 # -- doctor -----------------------------------------------------------------------------------------------------------
 
 
