@@ -25,8 +25,8 @@ from balloon_dev.journal import Journal
 from balloon_dev.profiles import SPEC, Profile
 from guest_driver.balloon import DEFAULT_FEATURES, BalloonDriver, FreeAt
 from guest_driver.memory_manager import MemoryManager, Owner
-from guest_driver.transport import wait_readable
 from guest_driver.vhost_user import VhostUserTransport
+from guest_driver.waiting import wait_readable
 from guest_driver.workloads import Workload
 from vring.dirty import wp_async
 from vring.dirty.software import SoftwareDirtyLog

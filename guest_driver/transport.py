@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import math
-import select
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
 from vring.split import QueueLayout
 
-__all__ = ["CanWait", "Interrupts", "Transport", "wait_readable"]
+__all__ = ["CanWait", "Interrupts", "Transport"]
 
 
 @dataclass(slots=True)
@@ -75,14 +72,3 @@ class CanWait(Protocol):
         bool
             Whether one came, so that it is worth looking; False means give up.
         """
-
-
-def wait_readable(fds: Iterable[int], seconds: float) -> list[int]:
-    """Wait until a descriptor is readable or its other end is gone; return those that are, none if time is up.
-
-    Any number will do, unlike with ``select.select``, which cannot wait for a descriptor over 1023.
-    """
-    poll = select.poll()
-    for fd in fds:
-        poll.register(fd, select.POLLIN)
-    return [fd for fd, _ in poll.poll(math.ceil(max(seconds, 0.0) * 1000))]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import signal
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -25,7 +26,11 @@ settings.load_profile(PROFILE)
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Where examples are random, draw the seed here, so that it can be printed and given again."""
+    """Where examples are random, draw the seed here, so that it can be printed and given again.
+
+    A run in the background has Ctrl-C ignored, and so would the programs have that tests start and interrupt.
+    """
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     if PROFILE == "dev" and getattr(config.option, "hypothesis_seed", None) is None:
         config.option.hypothesis_seed = str(random.SystemRandom().randrange(1 << 32))
 

@@ -25,7 +25,7 @@ from click.testing import CliRunner
 from balloon_cli.commands import cli
 from balloon_cli.live import CELLS, FREE, HINTED, SENT, SOME, TO_SEND, RamMap
 from balloon_cli.report import findings
-from guest_driver.transport import wait_readable
+from guest_driver.waiting import wait_readable
 from host_qemu_side.migration.ram import RamState
 from vring import bitmap
 from vring.memory import PAGE_SIZE, GuestMemory

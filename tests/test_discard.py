@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from discard_support import HUGE, fill, huge_pages, ranges, wrong_pages, zero_pages
 
-from guest_driver.transport import wait_readable
+from guest_driver.waiting import wait_readable
 from host_qemu_side.discard import (
     Discarder,
     DiscardFailed,

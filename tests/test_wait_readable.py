@@ -6,7 +6,7 @@ import fcntl
 import os
 import resource
 
-from guest_driver.transport import wait_readable
+from guest_driver.waiting import wait_readable
 
 
 def test_descriptors_over_1023():

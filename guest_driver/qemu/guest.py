@@ -17,7 +17,7 @@ from guest_driver.balloon import DEFAULT_FEATURES, BalloonDriver
 from guest_driver.memory_manager import MemoryManager, Owner
 from guest_driver.qemu.machine import LOW_MEMORY, QemuMachine
 from guest_driver.qemu.remark import WriteLog, mark_written
-from guest_driver.transport import wait_readable
+from guest_driver.waiting import wait_readable
 from guest_driver.workloads import Workload
 from vring.errors import PeerVanished, UsageError
 

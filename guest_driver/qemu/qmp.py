@@ -8,7 +8,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from guest_driver.transport import wait_readable
+from guest_driver.waiting import wait_readable
 from vring.errors import DeviceError, PeerVanished
 
 __all__ = ["QmpClient", "QmpError"]
