@@ -207,7 +207,8 @@ def print_migration(result: dict[str, Any], console: Console, *, verbose: int = 
             console.print(Text(f"hints were not used: {run['hints_refused']}", "yellow"))
         for i, r in enumerate(run["rounds"], 1):
             if r["log_voided"]:
-                console.print(Text(f"hints were void before round {i}: {r['log_voided']}", "yellow"))
+                what = "hints were void" if run["hints"] else "the dirty log of the run without hints was void"
+                console.print(Text(f"{what} before round {i}: {r['log_voided']}", "yellow"))
     for run in result["runs"]:
         console.print(_oracle_text(run), soft_wrap=True)
         if run["oracle"]:
