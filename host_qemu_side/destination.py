@@ -35,7 +35,6 @@ RESUME_OPTIONS = {
     "dirty_log": re.compile(r"auto|wp-async|software"),
 }
 """Options of the guest that a stream's header carries, and what they may say."""
-READ_SIZE = 1 << 20
 SILENCE = 60.0
 """Seconds a source may be silent in the middle of a stream."""
 
@@ -48,13 +47,13 @@ class _Source:
         if sock is not None:
             sock.settimeout(SILENCE)
 
-    def read(self, size: int) -> bytes:
-        """Return at most `size` bytes, none at the end."""
+    def read(self, into: memoryview) -> int:
+        """Read what there is, at most as much as fits; return how many bytes, 0 at the end."""
         if self._file is not None:
-            return self._file.read(size) or b""
+            return self._file.readinto(into) or 0
         assert self._socket is not None
         try:
-            return self._socket.recv(size)
+            return self._socket.recv_into(into)
         except TimeoutError as error:
             raise PeerVanished(f"the source was silent for {SILENCE:g} s") from error
         except OSError as error:
@@ -160,19 +159,18 @@ def receive(source: _Source, receiver: Receiver, *, on_record: Callable[[Receive
     StreamError, PeerVanished
         If it is damaged or cut off; the source has been told.
     """
-    reader = StreamReader()
+    reader = StreamReader(reuse=True)
     source.answer(receiver.hello())
     try:
         while not receiver.complete:
             record = reader.next()
             if record is None:
-                data = source.read(min(max(reader.wanted, 1), READ_SIZE))
-                if not data:
+                size = source.read(reader.room())
+                if not size:
                     raise PeerVanished(f"the stream is cut off {reader.position} (state: {receiver.state.value})")
-                reader.feed(data)
+                reader.filled(size)
                 continue
             answer = receiver.handle(record)
-            del record
             if answer:
                 source.answer(answer)
             on_record(receiver)

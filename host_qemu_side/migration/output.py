@@ -145,14 +145,14 @@ class SocketOutput:
             if record is not None:
                 return record
             try:
-                data = self._socket.recv(max(self._reader.wanted, 1))
+                size = self._socket.recv_into(self._reader.room())
             except BlockingIOError:
                 return None
             except OSError as error:
                 raise PeerVanished(f"the destination is gone: {error.strerror or error}") from error
-            if not data:
+            if not size:
                 raise PeerVanished("the destination closed the connection")
-            self._reader.feed(data)
+            self._reader.filled(size)
 
     def finish(self) -> None:
         """Nothing: the destination has confirmed."""

@@ -5,8 +5,9 @@ RAM is made fresh and sparse; nothing is shared with the source but the stream.
 
 from __future__ import annotations
 
+import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from enum import Enum
 from typing import Any
 
@@ -15,7 +16,7 @@ import numpy as np
 from host_qemu_side.discard import punch_hole
 from host_qemu_side.migration.stream import VERSION, Kind, Record, StreamError, StreamWriter, check_header
 from vring.contents import digest_range, populated
-from vring.errors import UsageError
+from vring.errors import MissingFacility, UsageError
 from vring.memory import PAGE_SHIFT, PAGE_SIZE, GuestMemory
 
 __all__ = ["Receiver", "ReceiverState"]
@@ -139,20 +140,36 @@ class Receiver:
             if not count or not self.memory.covers(gpa, size):
                 raise StreamError(f"{record.kind.name} record for pages {first}+{count}, which are not RAM")
             if record.kind is Kind.PAGES:
-                self.memory.write(gpa, contents[at : at + size])
+                self._store(gpa, contents[at : at + size])
                 at += size
                 self.pages += count
             else:
                 self._zero(gpa, size)
                 self.zero_pages += count
 
-    def _zero(self, gpa: int, size: int) -> None:
-        """Zero pages take no memory: they become holes again."""
+    def _pieces(self, gpa: int, size: int) -> Iterator[tuple[int, int, int]]:
+        """Yield (descriptor, offset in it, bytes) of a range of RAM, region by region."""
         assert self.memory is not None
         for region in self.memory.regions:
             start, end = max(gpa, region.gpa), min(gpa + size, region.end)
             if start < end:
-                punch_hole(region.fd, start - region.gpa + region.offset, end - start)
+                yield region.fd, start - region.gpa + region.offset, end - start
+
+    def _store(self, gpa: int, content: memoryview) -> None:
+        """Write pages by descriptor: half the time of storing through the mapping, which faults at each fresh page."""
+        try:
+            for fd, offset, size in self._pieces(gpa, len(content)):
+                piece, content = content[:size], content[size:]
+                while piece:
+                    done = os.pwrite(fd, piece, offset)
+                    piece, offset = piece[done:], offset + done
+        except OSError as error:
+            raise MissingFacility(f"no room for the guest's memory: {error.strerror}") from error
+
+    def _zero(self, gpa: int, size: int) -> None:
+        """Zero pages take no memory: they become holes again."""
+        for piece in self._pieces(gpa, size):
+            punch_hole(*piece)
 
     def _end(self, sums: dict[str, Any]) -> list[bytes | memoryview]:
         assert self.memory is not None

@@ -172,16 +172,26 @@ class StreamWriter:
 
 
 class StreamReader:
-    """Parses a stream: feed bytes, take records.
+    """Parses a stream: read into its `room` (or `feed` pieces of any size), take records.
 
-    The caller reads exactly `wanted` bytes each time (or hands over pieces of any size with `feed`).
+    Parameters
+    ----------
+    reuse
+        Records share one piece of memory: the payload of one is valid until the next is asked for. Fresh memory each time
+        costs more than all the rest, so whoever receives RAM wants this.
     """
 
-    def __init__(self) -> None:
-        self._buffer = bytearray()
+    def __init__(self, *, reuse: bool = False) -> None:
+        self._space = bytearray(1 << 16)
+        self._at = 0
+        self._end = 0
+        self._reuse = reuse
         self._sequence = 0
         self._header: tuple[int, int, int, int] | None = None
-        self.ended = False
+
+    @property
+    def _have(self) -> int:
+        return self._end - self._at
 
     @property
     def wanted(self) -> int:
@@ -190,11 +200,34 @@ class StreamReader:
             need = HEADER_SIZE + (len(MAGIC) if self._sequence == 0 else 0)
         else:
             need = self._header[2]
-        return max(need - len(self._buffer), 0)
+        return max(need - self._have, 0)
+
+    def room(self, size: int | None = None) -> memoryview:
+        """Return space to read into, for `size` bytes or exactly those `wanted`; then say how many came: `filled`."""
+        size = max(self.wanted, 1) if size is None else size
+        if self._end + size > len(self._space):
+            have = self._space[self._at : self._end]
+            if len(have) + size > len(self._space):
+                self._space = bytearray(len(have) + size)
+            self._space[: len(have)] = have
+            self._at, self._end = 0, len(have)
+        return memoryview(self._space)[self._end : self._end + size]
+
+    def filled(self, size: int) -> None:
+        """Take the first `size` bytes that were read into `room`."""
+        self._end += size
 
     def feed(self, data: bytes | memoryview) -> None:
         """Take bytes from the peer."""
-        self._buffer += data
+        self.room(len(data))[:] = data
+        self.filled(len(data))
+
+    def _take(self, size: int) -> memoryview:
+        taken = memoryview(self._space)[self._at : self._at + size]
+        self._at += size
+        if self._at == self._end:
+            self._at = self._end = 0
+        return taken
 
     def next(self) -> Record | None:
         """Return the next record, or None if more bytes are needed.
@@ -206,11 +239,12 @@ class StreamReader:
         """
         if self._header is None:
             magic = len(MAGIC) if self._sequence == 0 else 0
-            if magic and self._buffer[: len(MAGIC)] != MAGIC[: len(self._buffer)]:
-                raise StreamError(f"not a migration stream: it begins with {bytes(self._buffer[:8])!r}, not {MAGIC!r}")
-            if len(self._buffer) < magic + HEADER_SIZE:
+            begin = bytes(self._space[self._at : self._at + min(self._have, len(MAGIC))])
+            if magic and not MAGIC.startswith(begin):
+                raise StreamError(f"not a migration stream: it begins with {begin!r}, not {MAGIC!r}")
+            if self._have < magic + HEADER_SIZE:
                 return None
-            kind, flags, sequence, length, checksum = _HEADER.unpack_from(self._buffer, magic)
+            kind, flags, sequence, length, checksum = _HEADER.unpack_from(self._take(magic + HEADER_SIZE), magic)
             if flags or length > MAX_PAYLOAD or kind not in Kind.__members__.values():
                 raise StreamError(
                     f"stream damaged at record {self._sequence}: type {kind}, flags {flags}, {length} bytes",
@@ -220,28 +254,23 @@ class StreamReader:
                 raise StreamError(
                     f"stream damaged: record {sequence} follows record {self._sequence - 1}", index=sequence
                 )
-            del self._buffer[: magic + HEADER_SIZE]
             self._header = kind, sequence, length, checksum
         kind, sequence, length, checksum = self._header
-        if len(self._buffer) < length:
+        if self._have < length:
             return None
-        if len(self._buffer) == length:
-            payload, self._buffer = self._buffer, bytearray()
-        else:
-            payload = self._buffer[:length]
-            del self._buffer[:length]
-        if _checksum(kind, sequence, [memoryview(payload)]) != checksum:
+        payload = self._take(length)
+        if _checksum(kind, sequence, [payload]) != checksum:
             raise StreamError(
                 f"stream damaged: checksum of record {sequence} ({Kind(kind).name}) is wrong", index=sequence
             )
         self._header = None
         self._sequence += 1
-        return Record(Kind(kind), memoryview(payload))
+        return Record(Kind(kind), payload if self._reuse else memoryview(bytes(payload)))
 
     @property
     def at_boundary(self) -> bool:
         """Whether the stream could end here: between two records, after the first."""
-        return self._header is None and not self._buffer and self._sequence > 0
+        return self._header is None and not self._have and self._sequence > 0
 
     @property
     def position(self) -> str:
