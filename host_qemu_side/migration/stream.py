@@ -177,8 +177,8 @@ class StreamReader:
     Parameters
     ----------
     reuse
-        Records share one piece of memory: the payload of one is valid until the next is asked for. Fresh memory each time
-        costs more than all the rest, so whoever receives RAM wants this.
+        Records share one piece of memory: the payload of one is valid until the next is asked for. Fresh memory for
+        each costs more than all the rest, so whoever receives RAM wants this.
     """
 
     def __init__(self, *, reuse: bool = False) -> None:
