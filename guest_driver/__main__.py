@@ -43,12 +43,21 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--batch", default=64, type=int, help="hint blocks allocated and published at a time")
     parser.add_argument("--free-at", default="done", choices=["done", "stop"], help="when hinted blocks are freed")
     parser.add_argument("--dirty-log", default="auto", choices=["auto", "wp-async", "software"])
+    parser.add_argument(
+        "--reconnect",
+        default=0.0,
+        type=float,
+        metavar="SECONDS",
+        help="when the device goes away, do without it and try to reach it again for so long; default: end",
+    )
     parser.add_argument("--control-fd", default=-1, type=int, help=argparse.SUPPRESS)
     parser.add_argument("--ram-fd", default=-1, type=int, help=argparse.SUPPRESS)
     parser.add_argument("--bases", default="{}", type=json.loads, help=argparse.SUPPRESS)
     parser.add_argument("--die-with-parent", action="store_true", help="be killed when the parent process dies")
     parser.add_argument("-v", "--verbose", action="count", default=0)
     args = parser.parse_args(arguments)
+    if args.reconnect and args.socket.startswith("fd:"):
+        parser.error("--reconnect needs --socket with a path: a descriptor connects once")
     if args.die_with_parent:
         die_with_parent()
     logging.basicConfig(level=logging.DEBUG if args.verbose else logging.WARNING, format="%(name)s: %(message)s")
@@ -65,6 +74,7 @@ def main(arguments: list[str] | None = None) -> int:
         batch=args.batch,
         free_at=FreeAt[args.free_at.upper()],
         dirty_log=args.dirty_log,
+        reconnect=args.reconnect,
         control=args.control_fd,
         ram=args.ram_fd,
         bases={int(k): int(v) for k, v in args.bases.items()},

@@ -42,6 +42,10 @@ MAX_MESSAGE = 1 << 16
 PR_SET_PDEATHSIG = 1
 
 
+class HostVanished(PeerVanished):
+    """Who launched this guest is gone; not to be mixed up with the device, which may come back."""
+
+
 @dataclass(frozen=True, slots=True)
 class GuestOptions:
     """How to start a guest."""
@@ -60,6 +64,8 @@ class GuestOptions:
     """32-bit value that freed pages are filled with, None for none."""
     dirty_log: str = "auto"
     """``wp-async``, ``software``, or ``auto``: the first that works."""
+    reconnect: float = 0.0
+    """Seconds to try to reach the device again when it has gone away; 0: the guest ends then."""
     control: int = -1
     """Descriptor of the control channel, -1 for none."""
     ram: int = -1
@@ -81,6 +87,7 @@ class GuestProcess:
             self._control.setblocking(False)
         self._paused = False
         self._quit = False
+        self._set_up = False
         self._protection: wp_async.WriteProtection | None = None
         self._shared_log: mmap.mmap | None = None
         self._journal: Journal | None = None
@@ -95,7 +102,7 @@ class GuestProcess:
             self._control.setblocking(True)
             socket.send_fds(self._control, [message], list(fds))
         except OSError as error:
-            raise PeerVanished(f"the host closed the control channel: {error.strerror}") from error
+            raise HostVanished(f"the host closed the control channel: {error.strerror}") from error
         finally:
             self._control.setblocking(False)
 
@@ -108,9 +115,9 @@ class GuestProcess:
         except BlockingIOError:
             return False
         except OSError as error:
-            raise PeerVanished(f"the host closed the control channel: {error.strerror}") from error
+            raise HostVanished(f"the host closed the control channel: {error.strerror}") from error
         if not data:
-            raise PeerVanished("the host closed the control channel")
+            raise HostVanished("the host closed the control channel")
         command = json.loads(data)
         log.debug("guest: command %s", command)
         handlers = {
@@ -179,7 +186,7 @@ class GuestProcess:
         if options.ram < 0 and options.poison is not None:
             self.manager.poison = options.poison
             self.manager.poison_free_pages()  # log and journal see it
-        self.transport = VhostUserTransport(options.socket, self.memory, queue_sizes=options.queue_sizes)
+        self.transport = self._connect()
         common: dict[str, Any] = {"profile": options.profile, "batch": options.batch, "free_at": options.free_at}
         if options.ram >= 0:
             self.driver = BalloonDriver.attach(self.manager, self.transport, options.bases, **common)
@@ -189,11 +196,18 @@ class GuestProcess:
             self.driver.probe()
             self.workload = Workload.create(self.manager, options.workload, seed=options.seed)
         while not self.workload.setup_step():
-            self._serve_driver()
+            try:
+                self._serve_driver()
+            except PeerVanished as error:
+                self._reconnect(error)
             self._listen()
             if self._quit:
                 return
+        self._set_up = True
         self._tell("ready", **self._status())
+
+    def _connect(self) -> VhostUserTransport:
+        return VhostUserTransport(self.options.socket, self.memory, queue_sizes=self.options.queue_sizes)
 
     def _introduce(self) -> None:
         """Say hello: what tracks this guest's writes, and where."""
@@ -246,21 +260,31 @@ class GuestProcess:
         return all(self.driver.step(self._guest_time()) for _ in range(SLICE_STEPS))
 
     def run(self) -> None:
-        """Run until told to quit.
+        """Run until told to quit; with `GuestOptions.reconnect` also while the device is away.
 
         Raises
         ------
         PeerVanished
             If the device or the host is gone.
         """
+        while not self._quit:
+            try:
+                self._run_connected()
+            except PeerVanished as error:
+                self._reconnect(error)
+
+    def _obey(self) -> bool:
+        """Take in commands; return whether there is nothing else to do, since the guest is to stand still or to end."""
+        while self._listen():
+            pass
+        if self._paused and not self._quit and self._control is not None:
+            wait_readable([self._control.fileno()], 1.0)
+        return self._paused or self._quit
+
+    def _run_connected(self) -> None:
         watched = [*self.transport.filenos(), *([self._control.fileno()] if self._control else [])]
         while not self._quit:
-            while self._listen():
-                pass
-            if self._quit:
-                break
-            if self._paused and self._control is not None:
-                wait_readable([self._control.fileno()], 1.0)
+            if self._obey():
                 continue
             busy = self._serve_driver()
             now = self._guest_time()
@@ -268,6 +292,36 @@ class GuestProcess:
             timeout = 0.0 if busy else min(max(wake - self._guest_time(), 0.0), 0.5)
             if wait_readable(watched, timeout):
                 self.transport.check_alive()
+
+    def _reconnect(self, error: PeerVanished) -> None:
+        """Take back what the device had, go on without it, and probe the driver anew when it is back.
+
+        Nothing of the device's state is known to have lived on, so it is as with Linux: removed, then bound again.
+        Raises `error` where that was not asked for, or if it is the host that is gone.
+        """
+        if not self.options.reconnect or isinstance(error, HostVanished):
+            raise error
+        log.warning("guest: %s; trying to reach it again for %g s", error, self.options.reconnect)
+        with contextlib.suppress(PeerVanished):
+            self.driver.remove()
+        self.transport.close()
+        deadline = time.monotonic() + self.options.reconnect
+        while not self._quit:
+            if self._obey():
+                continue
+            try:
+                self.transport = self.driver.transport = self._connect()
+                self.driver.probe()
+            except PeerVanished as again:
+                self.transport.close()
+                if time.monotonic() > deadline:
+                    raise PeerVanished(f"{error}, and not back within {self.options.reconnect:g} s") from again
+            else:
+                log.warning("guest: the device is back")
+                return
+            now = self._guest_time()
+            wake = self.workload.step(now) if self._set_up else now + 0.05
+            time.sleep(min(max(wake - self._guest_time(), 0.0), 0.05))
 
     def close(self) -> None:
         """Let go of everything."""

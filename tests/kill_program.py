@@ -61,7 +61,7 @@ def close_device_in_loop() -> None:
     def once(timeout: float = 0.0) -> None:
         loop.run_once = serve
         serve(0.0)
-        backend._disconnect("the test closed it")
+        backend.disconnect("the test closed it")
 
     loop.run_once = once
 

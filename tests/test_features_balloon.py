@@ -9,7 +9,7 @@ from balloon_dev.features import BalloonFeature, QueueRole
 from guest_driver.balloon import Request
 from guest_driver.balloon.state import RETRY_DELAY
 from guest_driver.memory_manager import HINT_ORDER, Alloc, Owner
-from vring.errors import UsageError
+from vring.errors import DeviceError, PeerVanished, UsageError
 from vring.split import SEG, SEG_WRITE
 
 OOM = int(BalloonFeature.DEFLATE_ON_OOM)
@@ -212,6 +212,20 @@ def test_device_that_interrupts_without_using_anything():
         fill_memory(pair)
         pair.transport.wait = lambda index: True
         assert pair.manager.alloc_pages(0, Owner.WORKLOAD) is None
+
+
+@pytest.mark.parametrize("error", [PeerVanished("gone"), DeviceError("nonsense")], ids=["gone", "broken"])
+def test_out_of_memory_is_not_the_place_to_hear_that_the_device_is_gone(error):
+    with Pair(ALL) as pair:
+        pair.target(1000)
+        fill_memory(pair)
+
+        def fail(index):
+            raise error
+
+        pair.transport.wait = fail
+        assert pair.manager.alloc_pages(0, Owner.WORKLOAD) is None
+        pair.manager.verify()
 
 
 @pytest.mark.parametrize("at", range(1, 7))

@@ -6,6 +6,8 @@ MUST_TELL_HOST was negotiated (balloon.operation.driver-7 to -10).
 
 from __future__ import annotations
 
+import contextlib
+
 import numpy as np
 
 from balloon_dev.config import ACTUAL
@@ -13,6 +15,7 @@ from balloon_dev.features import QueueRole
 from guest_driver.balloon.core import DriverCore
 from guest_driver.balloon.state import PFNS_PER_REQUEST, RETRY_DELAY, Request
 from guest_driver.memory_manager import Alloc, Owner, Pfns
+from vring.errors import DeviceError, PeerVanished
 from vring.split import SEG
 
 __all__ = ["Inflating"]
@@ -140,7 +143,13 @@ class Inflating(DriverCore):
 
         The pages are usable when the device has acknowledged; one that takes too long is not waited for. The balloon
         is not filled again until the host says something: else driver and allocator would take turns for ever.
+        That the device broke or is gone is not for who wanted memory to hear: the next `step` or interrupt says it.
         """
+        with contextlib.suppress(DeviceError, PeerVanished):
+            return self._deflate_once()
+        return 0
+
+    def _deflate_once(self) -> int:
         if not self._await_request():
             return 0
         pages = self._balloon_pages(PFNS_PER_REQUEST)

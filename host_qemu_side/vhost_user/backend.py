@@ -12,16 +12,14 @@ import logging
 import os
 import socket
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 from host_qemu_side.loop import Loop
+from host_qemu_side.vhost_user.rings import Rings, close_fd
 from vring import vhost_user as vu
 from vring.device import Device
 from vring.errors import UsageError, VirtioError
-from vring.features import CommonFeature
 from vring.memory import GuestMemory, Region
-from vring.split import DeviceQueue, QueueLayout
 from vring.vhost_user import ProtocolFeature, Request, VhostUserError
 
 __all__ = ["VhostUserBackend"]
@@ -30,23 +28,6 @@ log = logging.getLogger(__name__)
 PROTOCOL_FEATURES = (
     ProtocolFeature.REPLY_ACK | ProtocolFeature.BACKEND_REQ | ProtocolFeature.CONFIG | ProtocolFeature.MQ
 )
-
-
-@dataclass(slots=True)
-class _Ring:
-    """What the front end said about one queue."""
-
-    size: int = 0
-    base: int = 0
-    addr: vu.VringAddr | None = None
-    kick: int = -1
-    call: int = -1
-    err: int = -1
-    enabled: bool = False
-    queue: DeviceQueue | None = None
-    """Set while the ring is live."""
-    again: bool = False
-    """The loop comes back to it: there may be more than was served."""
 
 
 class VhostUserBackend:
@@ -75,19 +56,14 @@ class VhostUserBackend:
     ) -> None:
         self.device = device
         self.loop = loop
-        self.memory: GuestMemory | None = None
-        self.features = 0
         self.connections = 0
-        self.held = False
-        self.last_error: str | None = None
         self._on_disconnect = on_disconnect
         self._on_memory = on_memory
         self._listener: socket.socket | None = None
         self._path: str | None = None
         self._socket: socket.socket | None = None
         self._request: socket.socket | None = None
-        self._regions: list[vu.MemoryRegion] = []
-        self._rings: list[_Ring] = [_Ring() for _ in device.queue_sizes]
+        self._rings = Rings(device, loop, self.deliver)
         self._protocol = 0
         self._header: vu.Header | None = None
         self._buffer = bytearray()
@@ -127,6 +103,21 @@ class VhostUserBackend:
             self.serve(connection)
 
     @property
+    def memory(self) -> GuestMemory | None:
+        """RAM of the guest that is connected."""
+        return self._rings.memory
+
+    @property
+    def features(self) -> int:
+        """Features negotiated, with vhost-user's own."""
+        return self._rings.features
+
+    @property
+    def last_error(self) -> str | None:
+        """What a front end did wrong last, or why it went."""
+        return self._rings.last_error
+
+    @property
     def connected(self) -> bool:
         """Whether a front end is there."""
         return self._socket is not None
@@ -138,7 +129,7 @@ class VhostUserBackend:
 
     def close(self) -> None:
         """Give everything back."""
-        self._disconnect(None)
+        self.disconnect(None)
         if self._listener is not None:
             self.loop.unwatch(self._listener.fileno())
             self._listener.close()
@@ -148,7 +139,14 @@ class VhostUserBackend:
                 os.unlink(self._path)
             self._path = None
 
-    def _disconnect(self, why: str | None) -> None:
+    def disconnect(self, why: str | None = "the back end closed the connection") -> None:
+        """End the connection and reset the device; with a listener another front end may come.
+
+        Parameters
+        ----------
+        why
+            Told to `on_disconnect`; None: it is not told.
+        """
         if self._socket is None:
             return
         self.loop.unwatch(self._socket.fileno())
@@ -157,24 +155,20 @@ class VhostUserBackend:
         if self._request is not None:
             self._request.close()
             self._request = None
-        for index, ring in enumerate(self._rings):
-            self._stop_ring(index)
-            for fd in (ring.kick, ring.call, ring.err):
-                _close(fd)
-        self._rings = [_Ring() for _ in self.device.queue_sizes]
+        memory = self.memory
+        self._rings.clear()
         for fd in self._fds:
-            _close(fd)
+            close_fd(fd)
         self._fds.clear()
         self._buffer.clear()
         self._header = None
-        self._regions = []
+        self._protocol = 0
         self.device.reset()
         self.device.set_memory(None)
-        if self.memory is not None:
-            self.memory.close()
-            self.memory = None
+        if memory is not None:
+            memory.close()
         if why is not None:
-            self.last_error = why
+            self._rings.last_error = why
             log.info("vhost-user: front end gone: %s", why)
             if self._on_disconnect is not None:
                 self._on_disconnect(why)
@@ -194,7 +188,7 @@ class VhostUserBackend:
                     )
                     self._fds += _descriptors(ancillary)
                     if not data:
-                        self._disconnect("it closed the socket")
+                        self.disconnect("it closed the socket")
                         return
                     self._buffer += data
                     if len(data) < wanted:
@@ -210,7 +204,7 @@ class VhostUserBackend:
         except BlockingIOError:
             pass
         except (VhostUserError, ConnectionError) as error:
-            self._disconnect(str(error))
+            self.disconnect(str(error))
 
     def _handle(self, header: vu.Header, payload: bytes, fds: list[int]) -> None:
         log.debug("vhost-user: %s, %d bytes, %d fds", header.name, len(payload), len(fds))
@@ -225,7 +219,7 @@ class VhostUserBackend:
             failed = error if isinstance(error, VirtioError) else VhostUserError(f"vhost-user: {header.name}: {error}")
         finally:
             for fd in fds:
-                _close(fd)
+                close_fd(fd)
         if result is not None:
             self._send(vu.pack_message(header.request, result, reply=True))
         elif header.need_reply and self._protocol & ProtocolFeature.REPLY_ACK:
@@ -246,24 +240,14 @@ class VhostUserBackend:
         except BlockingIOError as error:
             raise VhostUserError("vhost-user: the front end does not read its replies") from error
 
-    def _ring(self, index: int) -> _Ring:
-        if index >= len(self._rings):
-            raise VhostUserError(f"vhost-user: queue {index}, the device has {len(self._rings)}", queue=index)
-        return self._rings[index]
-
     def _driver_gone(self) -> None:
         """The driver was removed, or another one begins: its rings lie in memory that is somebody else's now.
 
         No message says so. What is known: features are negotiated anew; and User-Mode Linux, which disables rings only
         with bit 30, asks for the features (to know that all before it was heard) when it has deleted them.
         """
-        if all(ring.addr is None for ring in self._rings):
-            return
-        for index, ring in enumerate(self._rings):
-            self._stop_ring(index)
-            _close(ring.kick)
-            ring.kick, ring.addr, ring.base, ring.enabled = -1, None, 0, False
-        self.device.reset()
+        if self._rings.driver_gone():
+            self.device.reset()
 
     def _get_features(self, payload: bytes, fds: list[int]) -> bytes:
         if not self.features & vu.F_PROTOCOL_FEATURES:
@@ -277,7 +261,7 @@ class VhostUserBackend:
             raise VhostUserError(
                 f"vhost-user: features {features:#x} were not all offered", clause="basic.features.driver-1"
             )
-        self.features = features
+        self._rings.features = features
 
     def _get_protocol_features(self, payload: bytes, fds: list[int]) -> bytes:
         return vu.pack_u64(PROTOCOL_FEATURES)
@@ -300,20 +284,19 @@ class VhostUserBackend:
         memory = GuestMemory.from_fds(
             Region(r.gpa, r.size, fd, r.mmap_offset) for r, fd in zip(regions, fds, strict=True)
         )
-        old, self.memory, self._regions = self.memory, memory, regions
-        for index in range(len(self._rings)):
-            self._stop_ring(index)
+        self._rings.stop_all()
+        old, self._rings.memory, self._rings.regions = self.memory, memory, regions
         self.device.set_memory(memory)
         if self._on_memory is not None:
             self._on_memory()
         if old is not None:
             old.close()
         for index in range(len(self._rings)):
-            self._after.append(lambda i=index: self._start_ring(i))  # type: ignore[misc]
+            self._after.append(lambda i=index: self._rings.start(i))  # type: ignore[misc]
 
     def _set_vring_num(self, payload: bytes, fds: list[int]) -> None:
         state = vu.VringState.unpack(payload, "SET_VRING_NUM")
-        ring, largest = self._ring(state.index), self.device.queue_sizes[state.index]
+        ring, largest = self._rings[state.index], self.device.queue_sizes[state.index]
         if not 0 < state.value <= largest:
             raise VhostUserError(f"vhost-user: ring of {state.value} entries, at most {largest}", queue=state.index)
         ring.size = state.value
@@ -322,51 +305,43 @@ class VhostUserBackend:
         state = vu.VringState.unpack(payload, "SET_VRING_BASE")
         if state.value > 0xFFFF:
             raise VhostUserError(f"vhost-user: base index {state.value}", queue=state.index)
-        self._ring(state.index).base = state.value
+        self._rings[state.index].base = state.value
 
     def _set_vring_addr(self, payload: bytes, fds: list[int]) -> None:
         addr = vu.VringAddr.unpack(payload)
-        self._ring(addr.index).addr = addr
+        self._rings[addr.index].addr = addr
 
     def _get_vring_base(self, payload: bytes, fds: list[int]) -> bytes:
         index = vu.VringState.unpack(payload, "GET_VRING_BASE").index
-        ring = self._ring(index)
-        self._stop_ring(index)
-        _close(ring.kick)
-        ring.kick = -1
+        ring = self._rings[index]
+        self._rings.stop(index)
+        ring.own("kick", -1)
         return vu.VringState(index, ring.base).pack()
 
     def _set_vring_kick(self, payload: bytes, fds: list[int]) -> None:
         state = vu.VringFd.unpack(payload, "SET_VRING_KICK")
-        ring = self._ring(state.index)
-        self._stop_ring(state.index)
-        _close(ring.kick)
-        ring.kick = _take(fds, state, "SET_VRING_KICK")
-        os.set_blocking(ring.kick, False)
-        self._after.append(lambda: self._start_ring(state.index))
+        ring = self._rings[state.index]
+        if not state.has_fd:
+            raise VhostUserError("vhost-user: SET_VRING_KICK without a descriptor: polling is not supported")
+        self._rings.stop(state.index)
+        ring.own("kick", _one(fds, state, "SET_VRING_KICK"))
+        self._after.append(lambda: self._rings.start(state.index))
 
     def _set_vring_call(self, payload: bytes, fds: list[int]) -> None:
         state = vu.VringFd.unpack(payload, "SET_VRING_CALL")
-        ring = self._ring(state.index)
-        _close(ring.call)
-        ring.call = _take(fds, state, "SET_VRING_CALL") if state.has_fd else -1
-        if ring.call >= 0:
-            os.set_blocking(ring.call, False)
+        self._rings[state.index].own("call", _one(fds, state, "SET_VRING_CALL"))
 
     def _set_vring_err(self, payload: bytes, fds: list[int]) -> None:
         state = vu.VringFd.unpack(payload, "SET_VRING_ERR")
-        ring = self._ring(state.index)
-        _close(ring.err)
-        ring.err = _take(fds, state, "SET_VRING_ERR") if state.has_fd else -1
+        self._rings[state.index].own("err", _one(fds, state, "SET_VRING_ERR"))
 
     def _set_vring_enable(self, payload: bytes, fds: list[int]) -> None:
         state = vu.VringState.unpack(payload, "SET_VRING_ENABLE")
-        ring = self._ring(state.index)
-        ring.enabled = bool(state.value)
-        if ring.enabled:
-            self._after.append(lambda: self._start_ring(state.index))
+        self._rings[state.index].enabled = bool(state.value)
+        if state.value:
+            self._after.append(lambda: self._rings.start(state.index))
         else:
-            self._stop_ring(state.index)
+            self._rings.stop(state.index)
 
     def _set_backend_req_fd(self, payload: bytes, fds: list[int]) -> None:
         if len(fds) != 1:
@@ -384,119 +359,17 @@ class VhostUserBackend:
         asked = vu.ConfigSpace.unpack(payload, "SET_CONFIG")
         self.device.write_config(asked.offset, asked.data)
 
-    # -- rings ----------------------------------------------------------------------------------------------------
-
-    def _start_ring(self, index: int) -> None:
-        """Start a ring once everything about it is known and it is enabled (without bit 30: by its kick alone)."""
-        ring = self._rings[index]
-        enabled = ring.enabled or not self.features & vu.F_PROTOCOL_FEATURES
-        if (
-            ring.queue is not None
-            or ring.addr is None
-            or ring.kick < 0
-            or not ring.size
-            or self.memory is None
-            or not enabled
-        ):
-            return
-        try:
-            layout = QueueLayout(
-                ring.size, *(self._guest_address(a, index) for a in (ring.addr.desc, ring.addr.avail, ring.addr.used))
-            )
-            queue = DeviceQueue(
-                self.memory,
-                layout,
-                base=ring.base,
-                event_idx=bool(self.features & CommonFeature.EVENT_IDX),
-                indirect=bool(self.features & CommonFeature.INDIRECT_DESC),
-                index=index,
-            )
-        except VirtioError as error:
-            self._broken(index, error)
-            return
-        ring.queue = queue
-        self.device.attach_queue(index, queue)
-        if not self.held:
-            self._go(index)
-
-    def _guest_address(self, user: int, index: int) -> int:
-        for region in self._regions:
-            if region.user_address <= user < region.user_address + region.size:
-                return user - region.user_address + region.gpa
-        raise VhostUserError(f"vhost-user: ring address {user:#x} is in no region of guest memory", queue=index)
-
-    def _stop_ring(self, index: int) -> None:
-        ring = self._rings[index]
-        if ring.queue is not None:
-            ring.base = self._base(index, ring.queue)
-            ring.queue = None
-            self.loop.unwatch(ring.kick)
-            self.device.detach_queue(index)
-
-    def _base(self, index: int, queue: DeviceQueue) -> int:
-        """Avail index to go on from; buffers that the device holds are popped again there."""
-        return queue.next_avail - self.device.held_buffers(index) & 0xFFFF
-
-    def _go(self, index: int) -> None:
-        """Begin to listen for kicks, and look at what is there already."""
-        try:
-            self.loop.watch(self._rings[index].kick, lambda: self._kicked(index))
-        except OSError as error:  # what can be sent but not waited for: a plain file, a directory
-            self._broken(index, VhostUserError(f"vhost-user: cannot wait for kicks: {error.strerror}", queue=index))
-            return
-        self._process(index)
-
-    def _kicked(self, index: int) -> None:
-        try:
-            with contextlib.suppress(BlockingIOError):
-                if not os.read(self._rings[index].kick, 8):
-                    raise VhostUserError("vhost-user: the front end closed its end of the kick", queue=index)
-        except (VhostUserError, OSError) as error:  # else it would be readable for ever
-            self._broken(index, error)
-        else:
-            self._process(index)
-        self.deliver()
-
-    def _process(self, index: int) -> None:
-        """Serve a queue for one call of the device; the rest, if there may be one, is left to the loop.
-
-        A guest can add buffers as fast as they are returned: whoever waited for the end of it would wait for ever.
-        """
-        ring = self._rings[index]
-        if ring.queue is None or self.held:
-            return
-        try:
-            if self.device.process(index) and not ring.again:
-                ring.again = True
-                self.loop.soon(lambda: self._again(index))
-        except (VirtioError, OSError) as error:
-            # The driver broke the ring, or this host could not do what it asked (a discard that failed: the buffer was
-            # not returned). Either way this queue rests, and the others live on.
-            self._broken(index, error)
-
-    def _again(self, index: int) -> None:
-        self._rings[index].again = False
-        self._process(index)
-        self.deliver()
+    # -- the host's side ------------------------------------------------------------------------------------------
 
     def process(self, index: int) -> None:
         """Serve a queue now, without a kick; used buffers are notified."""
         if index < len(self._rings):
-            self._again(index)
-
-    def _broken(self, index: int, error: Exception) -> None:
-        """A ring that cannot be trusted: stop it, signal its err descriptor, log."""
-        log.error("vhost-user: queue %d is stopped until it is set up again: %s", index, error)
-        self.last_error = str(error)
-        self._stop_ring(index)
-        if self._rings[index].err >= 0:
-            _signal(self._rings[index].err)
+            self._rings.process(index)
+            self.deliver()
 
     def deliver(self) -> None:
         """Notify the driver of whatever the device has to say."""
-        for index in self.device.take_calls():
-            if self._rings[index].call >= 0:
-                _signal(self._rings[index].call)
+        self._rings.call()
         if self._request is not None and self.device.take_config_change():
             try:
                 self._request.send(vu.pack_message(vu.BackendRequest.CONFIG_CHANGE))
@@ -505,30 +378,18 @@ class VhostUserBackend:
             except OSError as error:  # the front end is gone, which its socket will say
                 log.info("vhost-user: config change not delivered: %s", error)
 
-    # -- pausing, saving ------------------------------------------------------------------------------------------
-
     def hold(self) -> None:
         """Serve no queue until `release`: the VM is paused."""
-        self.held = True
-        for ring in self._rings:
-            if ring.queue is not None:
-                self.loop.unwatch(ring.kick)
+        self._rings.hold()
 
     def release(self) -> None:
         """Go on serving."""
-        self.held = False
-        for index, ring in enumerate(self._rings):
-            if ring.queue is not None:
-                self._go(index)
+        self._rings.release()
         self.deliver()
 
     def save(self) -> dict[str, Any]:
         """Return features and rings for a migration: sizes and base indices. Call it while held."""
-        rings = []
-        for index, ring in enumerate(self._rings):
-            if ring.queue is not None:
-                rings.append({"index": index, "size": ring.size, "base": self._base(index, ring.queue)})
-        return {"features": self.features & ~vu.F_PROTOCOL_FEATURES, "rings": rings}
+        return {"features": self.features & ~vu.F_PROTOCOL_FEATURES, "rings": self._rings.save()}
 
 
 def _descriptors(ancillary: list[tuple[int, int, bytes]]) -> list[int]:
@@ -539,23 +400,11 @@ def _descriptors(ancillary: list[tuple[int, int, bytes]]) -> list[int]:
     return list(fds)
 
 
-def _take(fds: list[int], state: vu.VringFd, what: str) -> int:
-    """Keep the message's one descriptor."""
-    if len(fds) != 1 or not state.has_fd:
-        raise VhostUserError(f"vhost-user: {what} without a descriptor: polling is not supported", queue=state.index)
-    return fds.pop()
-
-
-def _close(fd: int) -> None:
-    if fd >= 0:
-        with contextlib.suppress(OSError):
-            os.close(fd)
-
-
-def _signal(fd: int) -> None:
-    """Eight bytes: an eventfd counts them, User-Mode Linux has a socket there."""
-    with contextlib.suppress(OSError):
-        os.write(fd, (1).to_bytes(8, "little"))
+def _one(fds: list[int], state: vu.VringFd, what: str) -> int:
+    """Keep the message's one descriptor; -1 if it says that there is none."""
+    if len(fds) != int(state.has_fd):
+        raise VhostUserError(f"vhost-user: {what} with {len(fds)} descriptors", queue=state.index)
+    return fds.pop() if state.has_fd else -1
 
 
 _Handler = Callable[[VhostUserBackend, bytes, list[int]], "bytes | None"]
