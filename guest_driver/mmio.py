@@ -316,7 +316,7 @@ class MmioTransport:
             self._add_status(Status.DRIVER_OK)
         elif not self.status & Status.DRIVER_OK:
             raise DeviceError(f"the device has not taken over the guest's state: Status reads {self.status!r}")
-        self._live = True
+        self._live, self._running = True, False  # what is set up from now on is new
 
     def kick(self, index: int) -> None:
         """Send an available buffer notification.

@@ -58,6 +58,7 @@ class Common(IntEnum):
     queue_desc = 32
     queue_driver = 40
     queue_device = 48
+    queue_reset = 58
 
 
 _WIDTH = {
@@ -123,6 +124,7 @@ class PciTransport:
         self.bus, self.polls, self._pause = bus, polls, pause
         self._running, self._live, self._begun = running, False, running
         self._offered = 0
+        self._features = 0
         self._notify: dict[int, int] = {}
         self._pending = Interrupts()
         vendor, device = bus.config_read(0, 2), bus.config_read(2, 2)
@@ -226,6 +228,7 @@ class PciTransport:
                 self._set(Common.driver_feature_select, word)
                 self._set(Common.driver_feature, features >> 32 * word & 0xFFFFFFFF)
             self._add_status(Status.FEATURES_OK)
+        self._features = features
         status = self.status
         if not status & Status.FEATURES_OK:
             if not self._running:
@@ -302,13 +305,32 @@ class PciTransport:
                 self.bus.write(address, 4, value >> 32 * half & 0xFFFFFFFF)
         self._set(Common.queue_enable, 1)
 
+    def reset_queue(self, index: int) -> None:
+        """Reset one queue, so that its memory is the driver's again; `setup_queue` enables it anew.
+
+        Raises
+        ------
+        UsageError
+            If RING_RESET was not negotiated.
+        DeviceError
+            If queue_reset does not come down to 0, or the queue stays enabled.
+        """
+        if not self._features & CommonFeature.RING_RESET:
+            raise UsageError("RING_RESET was not negotiated: only the whole device can be reset", queue=index)
+        self._set(Common.queue_select, index)
+        self._set(Common.queue_reset, 1)
+        if all(self._get(Common.queue_reset) for _ in range(self.polls)):
+            raise DeviceError(f"queue_reset reads 1 after {self.polls} reads", queue=index)
+        if self._get(Common.queue_enable):
+            raise DeviceError("queue_enable reads 1 after a queue reset", queue=index)
+
     def driver_ok(self) -> None:
         """Let the device go to work."""
         if not self._running:
             self._add_status(Status.DRIVER_OK)
         elif not self.status & Status.DRIVER_OK:
             raise DeviceError(f"the device has not taken over the guest's state: its status reads {self.status!r}")
-        self._live = True
+        self._live, self._running = True, False  # what is set up from now on is new
 
     def kick(self, index: int) -> None:
         """Send an available buffer notification: the queue's number at its place in the notify structure."""

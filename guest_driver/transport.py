@@ -7,7 +7,7 @@ from typing import Protocol, runtime_checkable
 
 from vring.split import QueueLayout
 
-__all__ = ["CanWait", "Interrupts", "Transport"]
+__all__ = ["CanResetQueues", "CanWait", "Interrupts", "Transport"]
 
 
 @dataclass(slots=True)
@@ -72,3 +72,11 @@ class CanWait(Protocol):
         bool
             Whether one came, so that it is worth looking; False means give up.
         """
+
+
+@runtime_checkable
+class CanResetQueues(Protocol):
+    """A transport with RING_RESET."""
+
+    def reset_queue(self, index: int) -> None:
+        """Reset one queue, so that its memory is the driver's again; `Transport.setup_queue` enables it anew."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 from mmio_pair import ALL, MmioPair, R
 
 from balloon_dev.device import BalloonDevice
+from balloon_dev.features import BalloonFeature, QueueRole
 from guest_driver.balloon import BalloonDriver
 from guest_driver.memory_manager import MemoryManager
 from guest_driver.mmio import MmioTransport
@@ -237,3 +239,51 @@ def test_state_that_cannot_be_loaded():
             with pytest.raises(UsageError):
                 mmio.load(wrong)
             assert mmio.status == 0
+
+
+@pytest.mark.parametrize("attached", [False, True], ids=["probed", "attached"])
+@pytest.mark.parametrize("role", list(QueueRole), ids=lambda role: role.value)
+@pytest.mark.parametrize("steps", range(0, 30, 4))
+def test_driver_resets_a_queue_at_any_step(role, steps, attached):
+    """RING_RESET with anything on its way: whatever the device has not answered is asked again, no page is lost."""
+    with contextlib.ExitStack() as stack:
+        pair = stack.enter_context(MmioPair(mib=32, on_notify=False))
+        pair.target(100)
+        if attached:
+            pair = stack.enter_context(moved(pair))
+            pair.mmio.release()
+            pair.settle()
+        pair.device.start_hinting()
+        pair.device.set_target(600)
+        pair.device.request_stats()
+        pair.mmio.deliver()
+        for step in range(steps):
+            pair.driver.interrupt(pair.transport.interrupts())
+            pair.driver.step(100.0)
+            if step % 3 == 2:
+                pair.mmio.poll()
+        pair.driver.reset_queue(role)
+        pair.settle(100.0)
+        assert pair.ballooned() == 600
+        assert pair.device.request_stats()
+        pair.settle(100.0)
+        assert pair.device.stats.values["stat-free-memory"] == pair.manager.free_pages * 4096
+        pair.device.finish_hinting()
+        pair.settle(100.0)
+        assert pair.driver.hinted_blocks == 0
+        assert pair.hint_run()
+        pair.settle(200.0)
+        assert pair.device.counters["bytes reported"] > 0
+        pair.driver.reset_queue(role)  # at rest
+        pair.target(50, 300.0)
+        assert pair.ballooned() == 50
+        pair.driver.remove()
+        pair.unchanged()
+
+
+def test_a_queue_that_is_not_there_cannot_be_reset():
+    with (
+        MmioPair(accept=ALL & ~int(BalloonFeature.REPORTING)) as pair,
+        pytest.raises(UsageError, match="no reporting_vq"),
+    ):
+        pair.driver.reset_queue(QueueRole.REPORTING)

@@ -29,7 +29,7 @@ from guest_driver.balloon.state import (
 )
 from guest_driver.balloon.stats import Statistics
 from guest_driver.memory_manager import MemoryManager, Owner
-from guest_driver.transport import Interrupts, Transport
+from guest_driver.transport import CanResetQueues, Interrupts, Transport
 from vring.errors import DeviceError, UsageError, VirtioError
 from vring.features import CommonFeature
 from vring.split import DESC, DriverQueue
@@ -229,6 +229,38 @@ class BalloonDriver(Hinting, Inflating, Reporting, Statistics):
         kernel, name = self.manager.kernel, f"{role.value}.indirect"
         place = kernel.find(name)
         return kernel.reserve(name, size * min(REPORT_RANGES, size) * DESC.itemsize, 64) if place is None else place
+
+    def reset_queue(self, role: QueueRole) -> None:
+        """Reset one queue and set it up anew (RING_RESET); the others go on.
+
+        A request of which it is not known whether the device has seen it is made again, statistics are sent afresh: to
+        the device both are the same twice. Hints are not: those that were on their way are lost, and their blocks stay
+        with the driver until DONE as all others do.
+
+        Raises
+        ------
+        UsageError
+            If there is no such queue, or RING_RESET was not negotiated.
+        DeviceError
+            If the device does not finish.
+        """
+        queue = self._queues.get(role)
+        if queue is None:
+            raise UsageError(f"there is no {role.value} under the features {self.features:#x}")
+        if not isinstance(self.transport, CanResetQueues):
+            raise UsageError("this transport cannot reset one queue alone", queue=queue.index)
+        self.transport.reset_queue(queue.index)
+        queue.detach()
+        if role is QueueRole.FREE_PAGE:
+            self._busy[:] = 0
+            queue.disable_callbacks()
+        elif role is QueueRole.STATS:
+            self._state["stats_due"] = 1
+        elif role is QueueRole.REPORTING:
+            self._state["report_posted"] = 0
+        elif self._request_role() is role:
+            self._state["request_posted"] = 0
+        self.transport.setup_queue(queue.index, queue.layout)
 
     def remove(self) -> None:
         """Empty the balloon as far as the device answers, reset the device, give every page back to the allocator."""

@@ -79,6 +79,10 @@ class Inflating(DriverCore):
         self._state["request_posted"] = 1
         return True
 
+    def _request_role(self) -> QueueRole | None:
+        """Which queue the request that is on its way goes over, None if there is none."""
+        return _ROLE.get(Request(int(self._state["request"])))
+
     def _go_on_with_request(self) -> bool:
         """Post the request, or see to its end. Return whether there was something to do."""
         if not int(self._state["request_posted"]):
