@@ -12,6 +12,7 @@ from mmio_pair import ALL, MmioPair, R
 from balloon_dev.device import BalloonDevice
 from balloon_dev.features import BalloonFeature, QueueRole
 from guest_driver.balloon import BalloonDriver
+from guest_driver.balloon.state import COMMAND_SLOTS
 from guest_driver.memory_manager import MemoryManager
 from guest_driver.mmio import MmioTransport
 from vring.errors import DeviceError, UsageError
@@ -277,6 +278,38 @@ def test_driver_resets_a_queue_at_any_step(role, steps, attached):
         pair.driver.reset_queue(role)  # at rest
         pair.target(50, 300.0)
         assert pair.ballooned() == 50
+        pair.driver.remove()
+        pair.unchanged()
+
+
+def test_a_report_on_its_way_is_made_again():
+    with MmioPair(mib=32, on_notify=False) as pair:
+        pair.settle()
+        while not int(pair.driver._state["report_posted"]):
+            assert pair.driver.step(100.0)
+        n = int(pair.driver._state["report_blocks"])
+        pair.driver.reset_queue(QueueRole.REPORTING)
+        pair.settle(100.0)
+        assert pair.device.counters["bytes reported"] >= n << 22
+        assert int(pair.driver._state["report_blocks"]) == 0
+        pair.driver.remove()
+        pair.unchanged()
+
+
+def test_commands_on_their_way_do_not_use_the_driver_up():
+    """Each command has a slot in memory; slots of commands that were lost are free again."""
+    with MmioPair(mib=32, on_notify=False) as pair:
+        pair.settle()
+        for _ in range(COMMAND_SLOTS):
+            pair.device.start_hinting()
+            pair.mmio.deliver()
+            pair.driver.interrupt(pair.transport.interrupts())
+            for _ in range(6):
+                pair.driver.step()
+            pair.driver.reset_queue(QueueRole.FREE_PAGE)
+        pair.device.finish_hinting()
+        pair.settle()
+        assert pair.hint_run()
         pair.driver.remove()
         pair.unchanged()
 
