@@ -20,7 +20,7 @@ from balloon_cli.drive_commands import compare, drive
 from balloon_cli.errors import MISSING, USAGE, VANISHED, exit_code
 from balloon_cli.live import LiveProgress, make_progress
 from balloon_cli.migrate import MigrateOptions, migrate_all
-from balloon_cli.options import SIZE, fail_if, set_up_logging
+from balloon_cli.options import SECONDS, SIZE, fail_if, set_up_logging
 from balloon_cli.receive import ReceiveOptions, receive_guest
 from balloon_cli.serve import serve
 from balloon_dev.profiles import PROFILES, profile_named
@@ -105,7 +105,7 @@ Exit code 1 says that the oracle or the resumed guest found a wrong page.
 @click.option("--bandwidth", type=SIZE, default="128M", show_default=True, help="Bytes per second, 0 for no limit.")
 @click.option(
     "--downtime-limit",
-    type=click.FloatRange(0),
+    type=SECONDS,
     default=0.3,
     show_default=True,
     metavar="SECONDS",
@@ -121,7 +121,7 @@ Exit code 1 says that the oracle or the resumed guest found a wrong page.
 )
 @click.option(
     "--warm-up",
-    type=click.FloatRange(0),
+    type=SECONDS,
     default=1.0,
     show_default=True,
     metavar="SECONDS",

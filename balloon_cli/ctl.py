@@ -12,6 +12,7 @@ from typing import Any
 
 import click
 
+from balloon_cli.options import SECONDS
 from vring.errors import DeviceError, PeerVanished, UsageError, VirtioError
 from vring.sizes import format_size, parse_size
 
@@ -224,7 +225,9 @@ def _wait_migration(client: MonitorClient) -> dict[str, Any]:
 @click.argument("arguments", nargs=-1, metavar="[KEY=VALUE]...")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 @click.option("--wait", is_flag=True, help="With migrate: wait until it has ended.")
-@click.option("--timeout", type=float, default=30.0, show_default=True, help="Seconds to wait for a reply.")
+@click.option(
+    "--timeout", type=SECONDS, metavar="SECONDS", default=30.0, show_default=True, help="Seconds to wait for a reply."
+)
 def ctl(monitor: str, command: str | None, arguments: tuple[str, ...], **options: Any) -> None:
     """Send a COMMAND to the monitor of `balloon serve` at the socket MONITOR; without one, list the commands.
 

@@ -1,8 +1,9 @@
-"""What the commands share: the type of a size, logging, and how findings end a command."""
+"""What the commands share: the types of a size and of a time, logging, and how findings end a command."""
 
 from __future__ import annotations
 
 import logging
+import math
 import sys
 from typing import TYPE_CHECKING, Any
 
@@ -16,10 +17,11 @@ from vring.sizes import parse_size
 
 if TYPE_CHECKING:
     _SizeBase = click.ParamType[int]
+    _SecondsBase = click.ParamType[float]
 else:
-    _SizeBase = click.ParamType  # not generic before click 8.4
+    _SizeBase = _SecondsBase = click.ParamType  # not generic before click 8.4
 
-__all__ = ["SIZE", "Size", "fail_if", "set_up_logging"]
+__all__ = ["SECONDS", "SIZE", "Seconds", "Size", "fail_if", "set_up_logging"]
 
 
 class Size(_SizeBase):
@@ -37,7 +39,24 @@ class Size(_SizeBase):
             self.fail(str(error), param, ctx)
 
 
+class Seconds(_SecondsBase):
+    """A time such as 0.3; neither negative nor infinite nor no number."""
+
+    name = "seconds"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        """Parse it."""
+        try:
+            seconds = float(value)
+        except ValueError:
+            seconds = math.nan
+        if not 0 <= seconds < math.inf:
+            self.fail(f"{value!r} is no time in seconds; write it as 0.3 or 10", param, ctx)
+        return seconds
+
+
 SIZE = Size()
+SECONDS = Seconds()
 
 
 def set_up_logging(verbose: int, console: Console | None) -> None:

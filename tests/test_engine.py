@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 from harness import MIB, Shape, Violation, World
 
@@ -81,7 +83,7 @@ def test_rate_limit(world):
     assert world.clock.now == frozen_at
 
 
-@pytest.mark.parametrize("limits", [{"bandwidth": -1.0}, {"downtime": -1.0}, {"max_rounds": 0}])
+@pytest.mark.parametrize("limits", [{"bandwidth": -1.0}, {"downtime": -1.0}, {"downtime": math.nan}, {"max_rounds": 0}])
 def test_limits_that_make_no_sense(world, limits):
     with pytest.raises(UsageError):
         Migration(world.host_memory, world.guest_log, None, world, limits=Limits(**limits))

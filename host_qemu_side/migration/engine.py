@@ -88,7 +88,7 @@ class Migration:
         observer: Observer | None = None,
         hand_over: bool = True,
     ) -> None:
-        if min(limits.bandwidth, limits.downtime, limits.answer) < 0 or limits.max_rounds < 1:
+        if not all(v >= 0 for v in (limits.bandwidth, limits.downtime, limits.answer)) or limits.max_rounds < 1:
             raise UsageError(f"migration limits make no sense: {limits}")
         self.memory, self.log, self.output, self.guest, self.hints = memory, log, output, guest, hints
         self.limits, self.observer, self.hand_over = limits, observer, hand_over
