@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from enum import IntEnum
 from typing import Protocol
 
-from guest_driver.transport import Interrupts
+from guest_driver.registers import POLLS, RegisterTransport
 from vring.errors import DeviceError, UsageError
-from vring.features import CommonFeature, Status
+from vring.features import CommonFeature
 from vring.split import QueueLayout
 
 __all__ = ["PciBus", "PciTransport"]
@@ -21,9 +21,7 @@ VENDOR = 0x1AF4
 FIRST_MODERN = 0x1040
 VENDOR_CAPABILITY = 0x09
 NO_VECTOR = 0xFFFF
-NO_NOTIFICATION_DATA = CommonFeature.NOTIFICATION_DATA
 ISR_QUEUE, ISR_CONFIG = 1, 2
-POLLS = 1000
 COMMAND, STATUS, BAR0, CAPABILITIES = 0x04, 0x06, 0x10, 0x34
 HAS_CAPABILITIES = 1 << 4
 MEMORY_SPACE, BUS_MASTER, NO_INTX = 1 << 1, 1 << 2, 1 << 10
@@ -98,7 +96,7 @@ class Window:
     """Bytes."""
 
 
-class PciTransport:
+class PciTransport(RegisterTransport):
     """One device behind virtio-pci; a `guest_driver.transport.Transport`.
 
     Parameters
@@ -118,15 +116,14 @@ class PciTransport:
         If it is no modern virtio device, or one without the structures that a driver needs.
     """
 
+    unknown_features = CommonFeature.NOTIFICATION_DATA
+
     def __init__(
         self, bus: PciBus, *, running: bool = False, polls: int = POLLS, pause: Callable[[], None] | None = None
     ) -> None:
-        self.bus, self.polls, self._pause = bus, polls, pause
-        self._running, self._live, self._begun = running, False, running
-        self._offered = 0
-        self._features = 0
+        super().__init__(running, polls, pause)
+        self.bus = bus
         self._notify: dict[int, int] = {}
-        self._pending = Interrupts()
         vendor, device = bus.config_read(0, 2), bus.config_read(2, 2)
         if vendor != VENDOR or device < FIRST_MODERN:
             raise DeviceError(f"PCI function {vendor:04x}:{device:04x} is no modern virtio device")
@@ -185,86 +182,36 @@ class PciTransport:
     def _set(self, field: Common, value: int) -> None:
         self.bus.write(self._windows[Cfg.COMMON].address + field, _WIDTH.get(field, 2), int(value))
 
-    @property
-    def status(self) -> Status:
-        """The device status."""
-        return Status(self._get(Common.device_status))
+    def _get_status(self) -> int:
+        return self._get(Common.device_status)
 
-    def _add_status(self, bits: Status) -> None:
-        self._set(Common.device_status, self.status | bits)
+    def _set_status(self, value: int) -> None:
+        self._set(Common.device_status, value)
 
-    # -- Transport ------------------------------------------------------------------------------------------------
+    def _offered_word(self, word: int) -> int:
+        self._set(Common.device_feature_select, word)
+        return self._get(Common.device_feature)
 
-    def device_features(self) -> int:
-        """Return the offered feature bits; starts the initialisation if it has not begun."""
-        if not self._begun:
-            self.reset()
-            self._begun = True
-            self._add_status(Status.ACKNOWLEDGE)
-            self._add_status(Status.DRIVER)
-        offered = 0
-        for word in (0, 1):
-            self._set(Common.device_feature_select, word)
-            offered |= self._get(Common.device_feature) << 32 * word
-        self._offered = offered & ~NO_NOTIFICATION_DATA
-        return self._offered
+    def _accept_word(self, word: int, bits: int) -> None:
+        self._set(Common.driver_feature_select, word)
+        self._set(Common.driver_feature, bits)
 
-    def set_driver_features(self, features: int) -> None:
-        """Accept `features`, and read back that the device agreed.
+    def _generation(self) -> int:
+        return self._get(Common.config_generation)
 
-        Raises
-        ------
-        UsageError
-            If there are bits that were not offered.
-        DeviceError
-            If FEATURES_OK does not stay set.
-        """
-        if features & ~self._offered:
-            raise UsageError(
-                f"features {features & ~self._offered:#x} were not offered", clause="basic.features.driver-1"
-            )
-        if not self._running:
-            for word in (0, 1):
-                self._set(Common.driver_feature_select, word)
-                self._set(Common.driver_feature, features >> 32 * word & 0xFFFFFFFF)
-            self._add_status(Status.FEATURES_OK)
-        self._features = features
-        status = self.status
-        if not status & Status.FEATURES_OK:
-            if not self._running:
-                self._add_status(Status.FAILED)
-            raise DeviceError(f"the device refuses features {features:#x}: its status reads {status!r}")
+    def _config(self, offset: int, width: int) -> int:
+        return self.bus.read(self._device_config() + offset, width)
 
-    def read_config(self, offset: int, length: int) -> bytes:
-        """Return bytes of the config space, all of one generation.
-
-        Raises
-        ------
-        DeviceError
-            If there is no such structure, or the generation never stays the same.
-        """
-        base = self._device_config()
-        for _ in range(self.polls):
-            before = self._get(Common.config_generation)
-            data = b"".join(
-                self.bus.read(base + at, width).to_bytes(width, "little") for at, width in _pieces(offset, length)
-            )
-            if self._get(Common.config_generation) == before:
-                return data
-        raise DeviceError(f"config_generation changed during each of {self.polls} reads")
-
-    def write_config(self, offset: int, data: bytes) -> None:
-        """Write bytes of the config space."""
-        base = self._device_config()
-        for at, width in _pieces(offset, len(data)):
-            piece = data[at - offset : at - offset + width]
-            self.bus.write(base + at, width, int.from_bytes(piece, "little"))
+    def _set_config(self, offset: int, width: int, value: int) -> None:
+        self.bus.write(self._device_config() + offset, width, value)
 
     def _device_config(self) -> int:
         window = self._windows.get(Cfg.DEVICE)
         if window is None:
             raise DeviceError("the virtio PCI device has no device configuration")
         return window.address
+
+    # -- queues ---------------------------------------------------------------------------------------------------
 
     def queue_size_max(self, index: int) -> int:
         """Return the largest size of a queue, 0 if the device has no such queue."""
@@ -315,65 +262,29 @@ class PciTransport:
         DeviceError
             If queue_reset does not come down to 0, or the queue stays enabled.
         """
-        if not self._features & CommonFeature.RING_RESET:
-            raise UsageError("RING_RESET was not negotiated: only the whole device can be reset", queue=index)
+        self._check_ring_reset(index)
         self._set(Common.queue_select, index)
         self._set(Common.queue_reset, 1)
-        if all(self._get(Common.queue_reset) for _ in range(self.polls)):
+        if self._until_zero(lambda: self._get(Common.queue_reset)):
             raise DeviceError(f"queue_reset reads 1 after {self.polls} reads", queue=index)
         if self._get(Common.queue_enable):
             raise DeviceError("queue_enable reads 1 after a queue reset", queue=index)
 
-    def driver_ok(self) -> None:
-        """Let the device go to work."""
-        if not self._running:
-            self._add_status(Status.DRIVER_OK)
-        elif not self.status & Status.DRIVER_OK:
-            raise DeviceError(f"the device has not taken over the guest's state: its status reads {self.status!r}")
-        self._live, self._running = True, False  # what is set up from now on is new
-
     def kick(self, index: int) -> None:
         """Send an available buffer notification: the queue's number at its place in the notify structure."""
-        if not self._live:
-            raise UsageError("a notification before DRIVER_OK", queue=index, clause="basic.init.driver-7")
+        self._check_live(index)
         self.bus.write(self._notify[index], 2, index)
 
-    def interrupts(self) -> Interrupts:
-        """Return and forget what was signalled: reading the ISR status acknowledges it and lowers INTx.
-
-        Raises
-        ------
-        DeviceError
-            If the device says DEVICE_NEEDS_RESET.
-        """
-        self._look()
-        pending, self._pending = self._pending, Interrupts()
-        if pending.config and self._live and self.status & Status.DEVICE_NEEDS_RESET:
-            raise DeviceError("the device status says DEVICE_NEEDS_RESET")
-        return pending
+    # -- interrupts and the end -----------------------------------------------------------------------------------
 
     def _look(self) -> bool:
+        """Read the ISR status, which acknowledges it and lowers INTx; a used buffer may mean every queue."""
         causes = self.bus.read(self._windows[Cfg.ISR].address, 1)
         if causes & ISR_QUEUE:
             self._pending.queues |= set(self._notify)
         if causes & ISR_CONFIG:
             self._pending.config = True
         return bool(causes & ISR_QUEUE)
-
-    def wait(self, index: int) -> bool:
-        """Look for an interrupt of the queues, `polls` times at most; the ISR does not say of which queue."""
-        for _ in range(self.polls):
-            if self._look():
-                return True
-            if self._pause is not None:
-                self._pause()
-            elif self._live and self.status & Status.DEVICE_NEEDS_RESET:
-                return False
-        return False
-
-    def filenos(self) -> list[int]:
-        """No descriptor tells of interrupts: the embedder's interrupt line does, or looking."""
-        return []
 
     def reset(self) -> None:
         """Reset the device, and wait until its status reads 0.
@@ -383,26 +294,5 @@ class PciTransport:
         DeviceError
             If it does not.
         """
-        self._running = self._live = self._begun = False
         self._notify.clear()
-        self._pending = Interrupts()
-        self._set(Common.device_status, Status.RESET)
-        for _ in range(self.polls):
-            if not self.status:
-                return
-            if self._pause is not None:
-                self._pause()
-        raise DeviceError(f"reset: the device status still reads {self.status!r}", clause="basic.reset.device-1")
-
-    def close(self) -> None:
-        """Nothing is held."""
-
-
-def _pieces(offset: int, length: int) -> list[tuple[int, int]]:
-    """Split a range into aligned accesses of 4, 2 and 1 bytes."""
-    pieces, end = [], offset + length
-    while offset < end:
-        width = next(w for w in (4, 2, 1) if offset % w == 0 and offset + w <= end)
-        pieces.append((offset, width))
-        offset += width
-    return pieces
+        super().reset()

@@ -52,9 +52,10 @@ def judged(raw: RawDriver, returned: int, effect: int, what: str) -> Reaction:
 
 def inflate(raw: RawDriver, *descriptors: Desc, returned: int | None = None) -> Reaction:
     """Send an inflate request that names `PAGE`."""
-    raw.junk(PAGE * PAGE_SIZE)
-    got = raw.send(INFLATE, *descriptors, timeout=0.3) if returned is None else returned
-    return judged(raw, got, raw.dropped(PAGE * PAGE_SIZE), "dropped")
+    if returned is None:
+        raw.junk(PAGE * PAGE_SIZE)
+        returned = raw.send(INFLATE, *descriptors)
+    return judged(raw, returned, raw.dropped(PAGE * PAGE_SIZE), "dropped")
 
 
 def zero_length(raw: RawDriver) -> Reaction:
@@ -74,7 +75,7 @@ def head_out_of_range(raw: RawDriver) -> Reaction:
     raw.junk(PAGE * PAGE_SIZE)
     raw.put(INFLATE, raw.pfns(PAGE))
     raw.offer(INFLATE, 128)
-    return inflate(raw, returned=raw.kick(INFLATE, timeout=0.3))
+    return inflate(raw, returned=raw.kick(INFLATE))
 
 
 def in_before_out(raw: RawDriver) -> Reaction:
@@ -115,7 +116,7 @@ def indirect_in_indirect(raw: RawDriver) -> Reaction:
 
 def hint(raw: RawDriver, addr: int, length: int = 4 * MIB) -> Reaction:
     """Send one hint."""
-    got = raw.send(HINT, Desc(addr, length, WRITE), timeout=0.3)
+    got = raw.send(HINT, Desc(addr, length, WRITE))
     reaction = judged(raw, got, 0, "")
     return Reaction("accepted: the hint counts", 0) if reaction.strictness == 1 and raw.peer.hinted() else reaction
 
@@ -166,7 +167,7 @@ def command_of(raw: RawDriver, length: int) -> Reaction:
 
 def hint_unaligned(raw: RawDriver) -> Reaction:
     raw.run()
-    got = raw.send(HINT, Desc(BLOCK + 0x800, 4 * MIB, WRITE), timeout=0.3)
+    got = raw.send(HINT, Desc(BLOCK + 0x800, 4 * MIB, WRITE))
     if raw.needs_reset or got != 1:
         return judged(raw, got, 0, "")
     pages = raw.peer.hinted()
@@ -179,7 +180,7 @@ def report(raw: RawDriver, descriptor: Desc, at: int = BLOCK) -> Reaction:
     """Send one report of a range filled with junk."""
     if at + 4 * MIB <= MEMORY:
         raw.junk(at, 4 * MIB)
-    got = raw.send(REPORT, descriptor, timeout=0.3)
+    got = raw.send(REPORT, descriptor)
     return judged(raw, got, raw.dropped(at, 4 * MIB) if at + 4 * MIB <= MEMORY else 0, "dropped")
 
 
@@ -242,7 +243,8 @@ def no_version_1(raw: RawDriver) -> Reaction:
 
 def kick_before_ok(raw: RawDriver) -> Reaction:
     raw.start(ok=False)
-    return inflate(raw, raw.pfns(PAGE))
+    raw.junk(PAGE * PAGE_SIZE)
+    return inflate(raw, returned=raw.send(INFLATE, raw.pfns(PAGE), timeout=0.3))
 
 
 @dataclass(frozen=True)

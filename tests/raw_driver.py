@@ -128,13 +128,21 @@ class QemuPeer(Peer):
         finally:
             os.close(sink)
         qmp.execute("migrate", uri="fd:sink")
-        qmp.wait_event("MIGRATION_PASS", 5.0)
+        # Ids and figures, not events: one of the migration before may come late.
+        assert RawDriver.wait(lambda: "ram" in qmp.execute("query-migrate"), 5.0), "QEMU does not begin to migrate"
         assert RawDriver.wait(lambda: self._bus.read(CONFIG_OFFSET + CMD_ID, 4) > 1, 5.0), "QEMU asks for no hints"
-        time.sleep(0.12)  # the first burst of pages is out
-        self._left = self._remaining()
+        self._left = self._settled()
 
     def _remaining(self) -> int:
         return int(self.machine.qmp.execute("query-migrate")["ram"]["remaining"]) // PAGE_SIZE
+
+    def _settled(self) -> int:
+        """Return what is left when the first burst of pages is out, however late it comes."""
+        seen = [self._remaining()]
+        while len(seen) < 100 and (len(seen) < 6 or seen[-6] - seen[-1] > 2):
+            time.sleep(0.02)
+            seen.append(self._remaining())
+        return seen[-1]
 
     def hinted(self) -> int:
         spared = self._left - self._remaining()

@@ -54,7 +54,8 @@ def test_device_type_does_no_io(room, path):
 @pytest.mark.parametrize(
     "name",
     [*(f"guest_driver/balloon/{part}.py" for part in ("core", "driver", "hinting", "inflate", "reporting", "stats")),
-     "guest_driver/memory_manager.py", "guest_driver/zone.py", "guest_driver/transport.py",
+     *(f"guest_driver/{part}.py" for part in ("transport", "registers", "mmio", "pci")),
+     "guest_driver/memory_manager.py", "guest_driver/zone.py",
      "host_qemu_side/migration/engine.py", "host_qemu_side/migration/stream.py", "host_qemu_side/migration/ram.py"],
 )  # fmt: skip
 def test_cores_do_no_io(name):

@@ -345,5 +345,5 @@ def test_reset_waits_for_the_device():
         MmioTransport(Slow(pair.mmio), polls=20).reset()
         assert len(reads) == 5
         reads[:] = []
-        with pytest.raises(DeviceError, match=r"Status still reads 0x4 \[basic\.reset\.device-1\]"):
+        with pytest.raises(DeviceError, match=r"status still reads 0x4 \[basic\.reset\.device-1\]"):
             MmioTransport(Slow(pair.mmio), polls=3).reset()

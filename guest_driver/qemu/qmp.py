@@ -8,6 +8,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+from guest_driver.qemu.lines import LineConnection
 from guest_driver.waiting import wait_readable
 from vring.errors import DeviceError, PeerVanished
 
@@ -22,7 +23,7 @@ class QmpError(DeviceError):
         self.error_class = error_class
 
 
-class QmpClient:
+class QmpClient(LineConnection):
     """The client's end of a monitor connection; negotiates capabilities at once.
 
     Parameters
@@ -34,9 +35,7 @@ class QmpClient:
     """
 
     def __init__(self, connection: socket.socket, *, timeout: float = 20.0) -> None:
-        self._socket = connection
-        self._socket.settimeout(timeout)
-        self._data = b""
+        super().__init__(connection, "QMP", timeout)
         self._messages: list[dict[str, Any]] = []
         self.events: list[dict[str, Any]] = []
         """Events heard and not taken yet, as QEMU sent them."""
@@ -46,21 +45,9 @@ class QmpClient:
         """Version as QEMU says it: ``qemu`` with ``major``, ``minor``, ``micro``, and ``package``."""
         self.execute("qmp_capabilities")
 
-    def _receive(self) -> None:
-        try:
-            data = self._socket.recv(1 << 16)
-        except BlockingIOError:
-            raise
-        except TimeoutError as error:
-            raise PeerVanished("QMP: QEMU does not answer") from error
-        except OSError as error:
-            raise PeerVanished(f"QMP: {error.strerror or error}") from error
-        if not data:
-            raise PeerVanished("QMP: QEMU closed the connection")
-        *lines, self._data = (self._data + data).split(b"\n")
-        for line in lines:
-            message = json.loads(line)
-            (self.events if "event" in message else self._messages).append(message)
+    def _line(self, line: bytes) -> None:
+        message = json.loads(line)
+        (self.events if "event" in message else self._messages).append(message)
 
     def execute(self, command: str, fds: Sequence[int] = (), /, **arguments: Any) -> Any:
         """Run a command and return what it returns.
@@ -84,28 +71,13 @@ class QmpClient:
         request: dict[str, Any] = {"execute": command}
         if arguments:
             request["arguments"] = {name.replace("_", "-"): value for name, value in arguments.items()}
-        try:
-            socket.send_fds(self._socket, [json.dumps(request).encode() + b"\n"], list(fds))
-        except OSError as error:
-            raise PeerVanished(f"QMP: {error.strerror or error}") from error
+        self._send(json.dumps(request).encode() + b"\n", fds)
         while not self._messages:
             self._receive()
         answer = self._messages.pop(0)
         if "error" in answer:
             raise QmpError(f"QEMU refuses {command}: {answer['error']['desc']}", answer["error"]["class"])
         return answer["return"]
-
-    def look(self) -> None:
-        """Take in what has arrived without waiting."""
-        timeout = self._socket.gettimeout()
-        self._socket.setblocking(False)
-        try:
-            while True:
-                self._receive()
-        except BlockingIOError:
-            pass
-        finally:
-            self._socket.settimeout(timeout)
 
     def take_events(self) -> list[dict[str, Any]]:
         """Return the events that came, and forget them; does not wait."""
@@ -130,13 +102,5 @@ class QmpClient:
             left = deadline - time.monotonic()
             if left <= 0:
                 raise PeerVanished(f"QMP: no event {name} {data or ''} within {timeout:g} s")
-            if wait_readable([self._socket.fileno()], left):
+            if wait_readable([self.fileno()], left):
                 self.look()
-
-    def fileno(self) -> int:
-        """Return the descriptor, to wait for events."""
-        return self._socket.fileno()
-
-    def close(self) -> None:
-        """Close the connection."""
-        self._socket.close()

@@ -8,7 +8,8 @@ from __future__ import annotations
 import socket
 from collections.abc import Iterable, Sequence
 
-from vring.errors import DeviceError, PeerVanished
+from guest_driver.qemu.lines import LineConnection
+from vring.errors import DeviceError
 
 __all__ = ["MemoryBus", "QtestClient"]
 
@@ -17,7 +18,7 @@ PIPELINED = 256
 """Commands sent before their answers are read: both directions stay within any socket buffer."""
 
 
-class QtestClient:
+class QtestClient(LineConnection):
     """The client's end of a qtest connection. Addresses are guest physical, values unsigned.
 
     Parameters
@@ -29,9 +30,7 @@ class QtestClient:
     """
 
     def __init__(self, connection: socket.socket, *, timeout: float = 20.0) -> None:
-        self._socket = connection
-        self._socket.settimeout(timeout)
-        self._data = b""
+        super().__init__(connection, "qtest", timeout)
         self._lines: list[bytes] = []
         self._high: set[int] = set()
         self.commands = 0
@@ -39,23 +38,11 @@ class QtestClient:
 
     # -- lines ----------------------------------------------------------------------------------------------------
 
-    def _receive(self) -> None:
-        try:
-            data = self._socket.recv(1 << 16)
-        except BlockingIOError:
-            raise
-        except TimeoutError as error:
-            raise PeerVanished("qtest: QEMU does not answer") from error
-        except OSError as error:
-            raise PeerVanished(f"qtest: {error.strerror or error}") from error
-        if not data:
-            raise PeerVanished("qtest: QEMU closed the connection")
-        *lines, self._data = (self._data + data).split(b"\n")
-        for line in lines:
-            if line.startswith(b"IRQ "):
-                self._interrupt(line)
-            else:
-                self._lines.append(line)
+    def _line(self, line: bytes) -> None:
+        if line.startswith(b"IRQ "):
+            self._interrupt(line)
+        else:
+            self._lines.append(line)
 
     def _interrupt(self, line: bytes) -> None:
         _, what, number = line.split()
@@ -64,12 +51,9 @@ class QtestClient:
         else:
             self._high.discard(int(number))
 
-    def _send(self, text: str) -> None:
+    def _say(self, text: str) -> None:
         self.commands += 1
-        try:
-            self._socket.sendall(text.encode())
-        except OSError as error:
-            raise PeerVanished(f"qtest: {error.strerror or error}") from error
+        self._send(text.encode())
 
     def _answer(self, command: str) -> list[str]:
         while not self._lines:
@@ -89,7 +73,7 @@ class QtestClient:
         PeerVanished
             If QEMU is gone.
         """
-        self._send(text + "\n")
+        self._say(text + "\n")
         return self._answer(text)
 
     def commands_in_one(self, texts: Iterable[str]) -> None:
@@ -97,7 +81,7 @@ class QtestClient:
         batch = list(texts)
         for at in range(0, len(batch), PIPELINED):
             part = batch[at : at + PIPELINED]
-            self._send("\n".join(part) + "\n")
+            self._say("\n".join(part) + "\n")
             for text in part:
                 self._answer(text)
 
@@ -133,18 +117,6 @@ class QtestClient:
         """Be told of the input lines of an interrupt controller, such as ``/machine/ioapic``; once per machine."""
         self.command(f"irq_intercept_in {path}")
 
-    def look(self) -> None:
-        """Take in what has arrived without waiting."""
-        timeout = self._socket.gettimeout()
-        self._socket.setblocking(False)
-        try:
-            while True:
-                self._receive()
-        except BlockingIOError:
-            pass
-        finally:
-            self._socket.settimeout(timeout)
-
     def is_high(self, line: int) -> bool:
         """Whether an intercepted line is up, as far as was heard."""
         return line in self._high
@@ -153,14 +125,6 @@ class QtestClient:
     def any_high(self) -> bool:
         """Whether any intercepted line is up, as far as was heard."""
         return bool(self._high)
-
-    def fileno(self) -> int:
-        """Return the descriptor, to wait for interrupts."""
-        return self._socket.fileno()
-
-    def close(self) -> None:
-        """Close the connection."""
-        self._socket.close()
 
 
 class MemoryBus:
