@@ -89,6 +89,9 @@ class BalloonDevice(Requests):
         self.bad_requests: Counter[str] = Counter()
         """Requests returned without effect, by reason."""
         self.negotiated = 0
+        self._numbered_for: tuple[int, int] | None = None
+        self._by_role: dict[QueueRole, int] = {}
+        self._by_number: dict[int, QueueRole] = {}
         self._memory: GuestMemory | None = None
         self._queues: dict[int, DeviceQueue] = {}
         self._calls: set[int] = set()
@@ -310,16 +313,24 @@ class BalloonDevice(Requests):
                 numbers.setdefault(number, self.profile.queue_sizes[number])
         return numbers
 
+    def _numbers(self) -> tuple[dict[QueueRole, int], dict[int, QueueRole]]:
+        """Return queue numbers by role and roles by number; worked out once for each set of features."""
+        features = self.offered_features, self.negotiated
+        if features != self._numbered_for:
+            number = self.profile.numbering.number
+            found = {role: number(role, *features) for role in QueueRole}
+            self._by_role = {role: index for role, index in found.items() if index is not None}
+            self._by_number = {index: role for role, index in self._by_role.items()}
+            self._numbered_for = features
+        return self._by_role, self._by_number
+
     def queue_number(self, role: QueueRole) -> int | None:
         """Return the number of a queue under the negotiated features, None if it does not exist."""
-        return self.profile.numbering.number(role, self.offered_features, self.negotiated)
+        return self._numbers()[0].get(role)
 
     def role_of(self, index: int) -> QueueRole | None:
         """Return what queue `index` is for under the negotiated features."""
-        for role in QueueRole:
-            if self.queue_number(role) == index:
-                return role
-        return None
+        return self._numbers()[1].get(index)
 
     def queue(self, role: QueueRole) -> DeviceQueue | None:
         """Return the live queue for a role, if there is one."""
