@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from host_qemu_side.discard import Discarder, punch_hole
-from host_qemu_side.migration.ram import populated
 from vring import bitmap
+from vring.contents import look_again, populated
 from vring.errors import GuestAddressError, UsageError
 from vring.memory import GuestMemory, Region
 
@@ -141,3 +141,40 @@ def test_descriptors_go_with_the_memory_that_owns_them():
     before = len(os.listdir("/proc/self/fd"))
     make()
     assert len(os.listdir("/proc/self/fd")) == before
+
+
+@pytest.mark.parametrize("every", [1, 3, 64, 300])
+def test_look_again_at_some_pages(every):
+    """Written, dropped and untouched pages, in two objects with a hole between, and one buffer without an object."""
+    with GuestMemory.create([(0, 512 * PAGE), (1 << 24, 700 * PAGE)]) as memory:
+        rng = np.random.default_rng(every)
+        for page in rng.choice(512, 200, replace=False).tolist():
+            memory.write(page * PAGE, b"x")
+        memory.write(1 << 24, b"x" * (300 * PAGE))
+        present = populated(memory)
+        before = present.copy()
+        pages = np.concatenate([np.arange(0, 512, every), (1 << 24 >> 12) + np.arange(0, 700, every)])
+        for page in pages[::2].tolist():
+            memory.write(page * PAGE, b"y")
+        for page in pages[1::2].tolist():
+            region = memory.regions[memory.region_index(page * PAGE)]
+            punch_hole(region.fd, page * PAGE - region.gpa + region.offset, PAGE)
+        among = bitmap.empty(memory.page_span)
+        for page in pages.tolist():
+            bitmap.set_run(among, page, 1)
+        look_again(memory, present, among)
+        assert (present == populated(memory)).all()
+        assert (before != present).any()
+        nothing = present.copy()
+        memory.write(511 * PAGE, b"z")
+        look_again(memory, present, bitmap.empty(memory.page_span))
+        assert (present == nothing).all()
+        look_again(memory, present, None)
+        assert (present == populated(memory)).all()
+
+
+def test_look_again_where_there_is_no_object():
+    memory = GuestMemory.from_buffers([(0, bytearray(8 * PAGE))])
+    present = populated(memory)
+    look_again(memory, present, populated(memory))
+    assert bitmap.count(present) == 8

@@ -2,45 +2,71 @@
 
 from __future__ import annotations
 
-import errno
 import os
 
 import numpy as np
 import numpy.typing as npt
 
 from vring import bitmap
+from vring._vring import lib
 from vring.bitmap import Bitmap
-from vring.memory import PAGE_SHIFT, PAGE_SIZE, GuestMemory
+from vring.memory import PAGE_SHIFT, GuestMemory
 
-__all__ = ["digest_range", "digests_of", "populated"]
+__all__ = ["digest_range", "digests_of", "look_again", "populated"]
 
 
 def populated(memory: GuestMemory) -> Bitmap:
     """Return the pages that have memory behind them, by walking SEEK_DATA; nothing is read, so nothing is allocated.
 
     Regions without a descriptor (an emulator's own buffers) count as populated throughout.
+
+    Raises
+    ------
+    OSError
+        If an object cannot be asked.
     """
     present = bitmap.empty(memory.page_span)
     for region in memory.regions:
+        first = region.gpa >> PAGE_SHIFT
         if region.fd < 0:
-            bitmap.set_run(present, region.gpa >> PAGE_SHIFT, region.size >> PAGE_SHIFT)
-            continue
-        at, end = region.offset, region.offset + region.size
-        while at < end:
-            try:
-                data = os.lseek(region.fd, at, os.SEEK_DATA)
-            except OSError as error:
-                if error.errno == errno.ENXIO:  # only a hole up to the end of the file
-                    break
-                raise
-            if data >= end:
-                break
-            hole = min(os.lseek(region.fd, data, os.SEEK_HOLE), end)
-            first = (data - region.offset + region.gpa) >> PAGE_SHIFT
-            last = (hole - region.offset + region.gpa + PAGE_SIZE - 1) >> PAGE_SHIFT
-            bitmap.set_run(present, first, last - first)
-            at = hole
+            bitmap.set_run(present, first, region.size >> PAGE_SHIFT)
+        else:
+            _check(lib.dirty_present_scan(region.fd, region.offset, region.size, first, bitmap.words(present)))
     return present
+
+
+def look_again(memory: GuestMemory, present: Bitmap, among: Bitmap | None) -> None:
+    """Correct `present` for some pages: those that were written, or dropped, since it was right for all.
+
+    Parameters
+    ----------
+    memory
+        The guest's.
+    present
+        As `populated` returned it; changed in place.
+    among
+        Pages to look at. Where they are many, or for None, all are.
+
+    Raises
+    ------
+    OSError
+        If an object cannot be asked.
+    """
+    if (
+        among is None or bitmap.count(among) > memory.size >> PAGE_SHIFT + 2
+    ):  # one page costs four times as much as in a walk of all
+        present[:] = populated(memory)
+        return
+    for region in memory.regions:
+        if region.fd >= 0:
+            first, pages = region.gpa >> PAGE_SHIFT, region.size >> PAGE_SHIFT
+            words = bitmap.words(among), bitmap.words(present)
+            _check(lib.dirty_present_check(region.fd, region.offset, first, pages, *words))
+
+
+def _check(result: int) -> None:
+    if result < 0:
+        raise OSError(-result, f"guest memory: {os.strerror(-result)}")
 
 
 def digest_range(memory: GuestMemory, present: Bitmap, first: int, digests: npt.NDArray[np.uint64]) -> None:

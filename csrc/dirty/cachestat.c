@@ -93,28 +93,3 @@ int dirty_file_clean(int fd, uint64_t offset, uint64_t len)
         return -errno;
     return fdatasync(fd) ? -errno : 0;
 }
-
-int64_t dirty_present_scan(int fd, uint64_t offset, uint64_t len, uint64_t first_page, uint64_t *into)
-{
-    if (offset % DIRTY_PAGE_SIZE)
-        return -EINVAL;
-    uint64_t at = offset, end = offset + len;
-    int64_t found = 0;
-    while (at < end) {
-        off_t data = lseek(fd, (off_t)at, SEEK_DATA);
-        if (data < 0)
-            return errno == ENXIO ? found : -errno; /* nothing but a hole up to the end */
-        if ((uint64_t)data >= end)
-            break;
-        off_t hole = lseek(fd, data, SEEK_HOLE);
-        if (hole < 0)
-            return -errno;
-        uint64_t first = ((uint64_t)data - offset) / DIRTY_PAGE_SIZE;
-        uint64_t last = (uint64_t)hole < end ? (uint64_t)hole : end;
-        last = (last - offset + DIRTY_PAGE_SIZE - 1) / DIRTY_PAGE_SIZE;
-        dirty_set(into, first_page + first, last - first);
-        found += (int64_t)(last - first);
-        at = offset + last * DIRTY_PAGE_SIZE;
-    }
-    return found;
-}

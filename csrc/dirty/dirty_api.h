@@ -87,3 +87,8 @@ int dirty_file_clean(int fd, uint64_t offset, uint64_t len);
 /* Or the pages of a file range that hold data (are no holes, SEEK_DATA) into `into`. Returns how many, or a
  * negative errno. Moves the descriptor's file position. */
 int64_t dirty_present_scan(int fd, uint64_t offset, uint64_t len, uint64_t first_page, uint64_t *into);
+/* The same only for those of `n` pages from `first_page` (at file offset `offset`) that are set in `wanted`:
+ * their bits in `present` are set or cleared, all others stay. About 0.2 us a page, where a scan of
+ * everything costs 0.05 us for each page that holds data. Returns 0 or a negative errno. */
+int dirty_present_check(int fd, uint64_t offset, uint64_t first_page, uint64_t n, const uint64_t *wanted,
+                        uint64_t *present);

@@ -409,7 +409,7 @@ class Migration:
             self.log.sync(dirty)
         except DirtyLogVoid as reason:
             voided = str(reason)
-        self._ram.refresh_holes()
+        self._ram.refresh_holes(dirty if voided is None else None)
         left = self._ram.merge_dirty(dirty)
         if voided is not None:
             left += self._ram.void_hints()

@@ -9,7 +9,7 @@ from host_qemu_side.migration.stream import MAX_PAGES
 from vring import bitmap
 from vring._vring import ffi, lib
 from vring.bitmap import Bitmap
-from vring.contents import populated
+from vring.contents import look_again, populated
 from vring.memory import PAGE_SHIFT, PAGE_SIZE, GuestMemory
 
 __all__ = ["RamState"]
@@ -111,6 +111,6 @@ class RamState:
         self.skipped[:] = 0
         return voided
 
-    def refresh_holes(self) -> None:
-        """Look again where there is memory; before pages written meanwhile are taken."""
-        self.present = populated(self.memory)
+    def refresh_holes(self, dirty: Bitmap | None) -> None:
+        """Look again where there is memory, at pages written or dropped since; before they are taken. None: at all."""
+        look_again(self.memory, self.present, dirty)
