@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import selectors
 import time
 from collections.abc import Callable
 
+from vring.backing import close_with
 from vring.errors import PeerVanished
 
 __all__ = ["Loop"]
@@ -20,6 +22,9 @@ class Loop:
     def __init__(self) -> None:
         self._selector = selectors.DefaultSelector()
         self._soon: list[Callable[[], None]] = []
+        self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._close_wake = close_with(self, (self._wake,))
+        self._selector.register(self._wake, READ, self._run_soon)
         self.tick: Callable[[], None] | None = None
         """Called each time round, after what was ready: for a display, or to look whether the user wants to stop."""
 
@@ -36,8 +41,18 @@ class Loop:
             self._selector.unregister(fd)
 
     def soon(self, callback: Callable[[], None]) -> None:
-        """Call `callback` once, the next time round: work that would never end comes in pieces, others between them."""
+        """Call `callback` once, the next time round: work that would never end comes in pieces, others between them.
+
+        A descriptor of the loop's own is readable until then, so a caller with a wait of its own comes round, too.
+        """
         self._soon.append(callback)
+        os.eventfd_write(self._wake, 1)
+
+    def _run_soon(self) -> None:
+        os.eventfd_read(self._wake)
+        callbacks, self._soon = self._soon, []
+        for callback in callbacks:
+            callback()
 
     def filenos(self) -> list[int]:
         """Return all descriptors watched, for a caller with a wait of its own."""
@@ -45,13 +60,10 @@ class Loop:
 
     def run_once(self, timeout: float = 0.0) -> None:
         """Serve what is ready, waiting for at most `timeout` seconds for something to become so."""
-        soon, self._soon = self._soon, []
-        for key, _ in self._selector.select(0.0 if soon else max(timeout, 0.0)):
+        for key, _ in self._selector.select(max(timeout, 0.0)):
             # A callback before this one may have ended the watch.
             if key.fd in self._selector.get_map() and self._selector.get_map()[key.fd].data is key.data:
                 key.data()
-        for callback in soon:
-            callback()
         if self.tick is not None:
             self.tick()
 
@@ -73,3 +85,4 @@ class Loop:
     def close(self) -> None:
         """Forget all watches."""
         self._selector.close()
+        self._close_wake()

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+import os
+
 import numpy as np
 import pytest
 
@@ -10,6 +13,7 @@ from host_qemu_side.migration.receiver import Receiver, ReceiverState
 from host_qemu_side.migration.stream import Kind, Record, StreamError, StreamReader, StreamWriter
 from vring import bitmap
 from vring.contents import digests_of
+from vring.errors import MissingFacility
 from vring.memory import GuestMemory
 
 REGIONS = [[0, 64 << 12], [128 << 12, 64 << 12]]
@@ -176,3 +180,40 @@ def test_digests_do_not_allocate():
         memory.write(5 << 12, b"x")
         assert np.flatnonzero(digests_of(memory)).tolist() == [5]
         assert bitmap.pages_of(populated(memory)).tolist() == [5]
+
+
+def test_pages_are_stored_however_little_is_taken_at_a_time(monkeypatch):
+    whole = os.pwrite
+    monkeypatch.setattr(os, "pwrite", lambda fd, data, offset: whole(fd, data[:1000], offset))
+    there = receiver(record(Kind.PAGES, {62: b"a", 63: b"b", 128: b"c", 129: b"d"}))
+    assert there.memory.read(62 << 12, 8192) == b"a" * 4096 + b"b" * 4096
+    assert there.memory.read(128 << 12, 8192) == b"c" * 4096 + b"d" * 4096
+
+
+def test_no_room_for_pages_is_said(monkeypatch):
+    there = receiver()
+
+    def full(fd, data, offset):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "pwrite", full)
+    with pytest.raises(MissingFacility, match="no room for the guest's memory: No space left on device"):
+        there.handle(record(Kind.PAGES, {0: b"a"}))
+
+
+def test_a_reader_that_reuses_its_memory():
+    """The payload is good until the next record is asked for; what came glued behind it is not lost."""
+    writer, reader = StreamWriter(), StreamReader(reuse=True)
+    sent = [bytes([n]) * size for n, size in enumerate([10, 100_000, 0, 300_000, 7])]
+    data = b"".join(part for text in sent for part in writer._record(Kind.PAGES, text))
+    found = []
+    while data:
+        room = reader.room() if len(data) % 3 else reader.room(min(len(data), 70_000))
+        n = min(len(room), len(data), 65_536)
+        room[:n] = data[:n]
+        reader.filled(n)
+        data = data[n:]
+        while (each := reader.next()) is not None:
+            found.append(bytes(each.payload))
+    assert found == sent
+    assert reader.at_boundary

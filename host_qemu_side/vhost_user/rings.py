@@ -200,7 +200,7 @@ class Rings:
         self._deliver()
 
     def process(self, index: int) -> None:
-        """Serve a queue for one call of the device; the rest, if there may be one, is left to the loop.
+        """Serve a queue until it is empty, or for two calls of the device; the rest is left to the loop.
 
         A guest can add buffers as fast as they are returned: whoever waited for the end of it would wait for ever.
         """
@@ -208,7 +208,7 @@ class Rings:
         if ring.queue is None or self.held:
             return
         try:
-            if self._device.process(index) and not ring.again:
+            if self._device.process(index) and self._device.process(index) and not ring.again:
                 ring.again = True
                 self._loop.soon(lambda: self._again(index))
         except (VirtioError, OSError) as error:
