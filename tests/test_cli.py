@@ -2,143 +2,39 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
-import pty
 import re
 import signal
 import socket
-import struct
 import subprocess
 import sys
-import termios
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
+from cli_support import (
+    BALLOON,
+    HINT_RUN,
+    MIGRATE,
+    NUMBER,
+    ORACLE,
+    RECEIVED,
+    RESULT,
+    RESUMED,
+    ROUND,
+    RUN,
+    all_gone,
+    descendants,
+    has_schema,
+    run,
+)
 from click.testing import CliRunner
 
 from balloon_cli.commands import cli
-from balloon_cli.live import CELLS, FREE, HINTED, SENT, SOME, TO_SEND, RamMap
 from balloon_cli.report import findings
-from guest_driver.waiting import wait_readable
-from host_qemu_side.migration.ram import RamState
-from vring import bitmap
-from vring.memory import PAGE_SIZE, GuestMemory
-
-BALLOON = [sys.executable, "-m", "balloon_cli"]
-MIGRATE = [*BALLOON, "migrate", "--memory", "64M", "--warm-up", "0"]
-NUMBER = (int, float)
-
-RUN = {
-    "hints": bool,
-    "hints_refused": (str, type(None)),
-    "total_seconds": NUMBER,
-    "downtime_seconds": NUMBER,
-    "oracle_seconds": NUMBER,
-    "bytes_sent": int,
-    "converged": bool,
-    "pages": dict,
-    "rounds": list,
-    "hint_runs": list,
-    "nonzero_pages_at_start": int,
-    "nonzero_pages_outside_hints": int,
-    "pages_rewritten": int,
-    "guest_at_pause": dict,
-    "oracle": dict,
-    "resumed": dict,
-    "dirty_log": str,
-}
-RESULT = {
-    "schema_version": int,
-    "guest": str,
-    "memory_bytes": int,
-    "workload": str,
-    "seed": int,
-    "profile": str,
-    "free_at": str,
-    "to": str,
-    "batch": int,
-    "warm_up_seconds": NUMBER,
-    "bandwidth_bytes_per_second": NUMBER,
-    "downtime_limit_seconds": NUMBER,
-    "max_rounds": int,
-    "runs": list,
-    "ratio": (dict, type(None)),
-}
-ROUND = {
-    "bytes_sent": int,
-    "pages_dirty": int,
-    "pages_normal": int,
-    "pages_zero": int,
-    "pages_skipped": int,
-    "seconds": NUMBER,
-    "frozen_seconds": NUMBER,
-    "log_voided": (str, type(None)),
-}
-HINT_RUN = {"command_id": int, "blocks": int, "bytes": int, "pages_spared": int, "seconds": NUMBER}
-ORACLE = {"pages_checked": int, "pages_wrong": int, "pages_skipped": int, "wrong": list}
-RESUMED = {
-    "pages_checked": int,
-    "pages_wrong": int,
-    "allocated_pages": int,
-    "hinted_pages_after_done": int,
-    "hint_run": dict,
-    "pages_checked_again": int,
-    "pages_wrong_again": int,
-    "pages_written_since": int,
-    "hinted_pages_left": int,
-}
-RECEIVED = {
-    "schema_version": int,
-    "from": str,
-    "state": str,
-    "guest": str,
-    "memory_bytes": int,
-    "pages_received": int,
-    "zero_pages_received": int,
-    "rounds": int,
-    "resumed": (dict, type(None)),
-}
-
-
-def has_schema(value: dict[str, Any], schema: dict[str, Any]) -> None:
-    assert set(value) == set(schema)
-    for key, kind in schema.items():
-        assert isinstance(value[key], kind), key
-
-
-def run(*arguments: str, timeout: float = 60, **more: Any) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([*BALLOON, *arguments], capture_output=True, text=True, timeout=timeout, **more)
-
-
-def descendants(pid: int) -> set[int]:
-    """Return all processes below `pid`, from /proc."""
-    parents = {}
-    for entry in os.listdir("/proc"):
-        if entry.isdigit():
-            try:
-                parents[int(entry)] = int(Path(f"/proc/{entry}/stat").read_text().rpartition(")")[2].split()[1])
-            except OSError:
-                continue
-    found, size = {pid}, 0
-    while size != len(found):
-        size = len(found)
-        found |= {child for child, parent in parents.items() if parent in found}
-    return found - {pid}
-
-
-def all_gone(pids: set[int], seconds: float = 5.0) -> bool:
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        if not any(os.path.exists(f"/proc/{pid}") for pid in pids):
-            return True
-        time.sleep(0.05)
-    return False
 
 
 @pytest.fixture(scope="module")
@@ -209,63 +105,6 @@ def test_without_a_terminal_progress_is_plain_lines_on_stderr_and_the_table_is_o
     for what in ("seed 1", "with hints", "downtime", "pages spared", "oracle, with hints: good", "resumed guest: good"):
         assert what in done.stdout, what
     assert "without hints" not in done.stdout
-
-
-def in_terminal(*arguments: str, **environment: str) -> tuple[bytes, int, list[Any], list[Any]]:
-    """Run in a pseudo-terminal of 100 by 40; return what it wrote, its exit code, and termios before and after."""
-    master, slave = pty.openpty()
-    fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 100, 0, 0))
-    before = termios.tcgetattr(slave)
-    names = {"NO_COLOR", "FORCE_COLOR", "COLUMNS", "LINES", "CI", "TTY_COMPATIBLE", "TTY_INTERACTIVE"}
-    env = {k: v for k, v in os.environ.items() if k not in names}
-    env |= {"TERM": "xterm-256color", "LC_ALL": "C.UTF-8", **environment}
-    process = subprocess.Popen(arguments, stdin=slave, stdout=slave, stderr=slave, env=env)
-    data, deadline = b"", time.monotonic() + 60
-    while time.monotonic() < deadline:
-        if wait_readable([master], 0.1):
-            data += os.read(master, 1 << 16)
-        elif process.poll() is not None:
-            break
-    process.kill()
-    code = process.wait()
-    after = termios.tcgetattr(slave)
-    os.close(master)
-    os.close(slave)
-    return data, code, before, after
-
-
-@pytest.mark.parametrize("colour", [True, False])
-def test_a_terminal_shows_frames_with_a_map_and_is_left_as_it_was(colour: bool) -> None:
-    command = [*MIGRATE, "--hints", "on", "--bandwidth", "8M"]
-    data, code, before, after = in_terminal(*command, **({} if colour else {"NO_COLOR": "1"}))
-    text = data.decode()
-    assert code == 0, text
-    assert after == before
-    assert text.rfind("\x1b[?25h") > text.rfind("\x1b[?25l"), "the cursor is visible"
-    assert text.count("/cell") >= 3, "frames"
-    assert text.count("/cell") < 60, "no more than about eight per second"
-    assert bool(re.search(r"\x1b\[[0-9;]*3[0-9]", text)) is colour
-    for kind in CELLS:
-        assert kind[0] in text
-    for what in ("hint run 0x80000001", "round 1", "left", "/s", "sent"):
-        assert what in text
-    assert "oracle, with hints: good" in re.sub(r"\x1b\[[0-9;]*m", "", text)
-
-
-def test_map_of_ram_shows_what_is_in_the_bitmaps() -> None:
-    with GuestMemory.create([(0, 1 << 20), (4 << 20, 1 << 20)]) as memory:
-        memory.write(0, b"\x01" * (1 << 20))
-        ram = RamState(memory)
-        shown = RamMap(ram, 8)
-        assert shown.chunk_bytes == 256 << 10
-        assert shown.cells().tolist() == [TO_SEND] * 4 + [FREE] * 4
-        ram.hint(np.array([256 << 10], np.uint64), np.array([256 << 10], np.uint64))
-        bitmap.clear_run(ram.to_send, 128, 64)
-        bitmap.clear_run(ram.to_send, 192, 60)
-        assert shown.cells().tolist() == [TO_SEND, HINTED, SENT, SOME] + [FREE] * 4
-        assert shown.pages == [256, 64, 124, 68]
-        assert RamMap(ram, 1).chunk_bytes >= 2 << 20
-        assert sum(shown.pages) * PAGE_SIZE == memory.size
 
 
 def test_what_is_wrong_makes_exit_code_1_and_is_named(stream: tuple[Path, dict[str, Any], str]) -> None:
@@ -498,72 +337,6 @@ def test_no_destination_is_exit_code_5_and_the_guest_goes_on(tmp_path: Path) -> 
     assert done.returncode == 5
     assert "start `balloon receive" in done.stderr
     assert "guest goes on" in done.stderr
-
-
-# -- interrupts -------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("moment", ["balloon: the guest boots", "round 1", "hint run"])
-def test_ctrl_c_cancels_within_5_seconds_and_leaves_nothing_behind(moment: str) -> None:
-    process = subprocess.Popen(
-        [*MIGRATE, "--hints", "on", "--bandwidth", "2M"],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-    assert process.stderr is not None
-    while moment not in (line := process.stderr.readline()):
-        assert line, f"{moment!r} was not reached"
-    time.sleep(0.3)
-    children = descendants(process.pid)
-    assert children
-    began = time.monotonic()
-    os.killpg(process.pid, signal.SIGINT)  # as a terminal does it: the whole foreground group gets it
-    out, err = process.communicate(timeout=20)
-    assert time.monotonic() - began < 5
-    assert process.returncode == 130, err
-    assert not out
-    assert "Traceback" not in err
-    if moment != "balloon: the guest boots":
-        assert "guest goes on" in err
-        assert " 0 wrong, no page held for hints" in err
-    assert all_gone(children)
-
-
-def test_ctrl_c_while_it_loads_is_no_traceback() -> None:
-    for delay in (0.0, 0.05, 0.1, 0.15):
-        process = subprocess.Popen([*BALLOON, "migrate"], stderr=subprocess.PIPE, text=True, start_new_session=True)
-        while "numpy" not in Path(f"/proc/{process.pid}/maps").read_text():
-            time.sleep(0.001)
-        time.sleep(delay)
-        children = descendants(process.pid)
-        os.killpg(process.pid, signal.SIGINT)
-        _, err = process.communicate(timeout=5)
-        assert process.returncode == 130, err
-        assert "Traceback" not in err
-        assert all_gone(children)
-
-
-def test_ctrl_c_in_a_callback_of_the_import_system_is_not_lost() -> None:
-    """An exception in the callback of a weak reference is ignored; the import system has such callbacks."""
-    program = """
-import os, signal, sys, weakref
-
-class Finder:
-    def find_spec(self, name, path=None, target=None):
-        if name == "balloon_cli.commands":
-            lock = Finder()
-            self.reference = weakref.ref(lock, lambda _: os.kill(os.getpid(), signal.SIGINT))
-
-sys.meta_path.insert(0, Finder())
-from balloon_cli.__main__ import main
-main(["--version"])
-"""
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False)
-    assert done.returncode == 130, done.stderr
-    assert done.stderr == "balloon: interrupted\n"
-    assert not done.stdout
 
 
 # -- doctor -----------------------------------------------------------------------------------------------------------
