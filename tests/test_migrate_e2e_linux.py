@@ -53,11 +53,14 @@ def assert_correct(run: dict[str, Any]) -> None:
 
 
 def test_churn(disk: Path) -> None:
-    """Half a gigabyte, without and with hints; the guest's own MemFree falls by what it hinted and comes back."""
-    result, _ = migrate(disk, "--memory", "512M", "--bandwidth", "256M")
-    for run in result["runs"]:
-        assert_correct(run)
-    on = result["runs"][1]
+    """A gigabyte, without and with hints; the guest's own MemFree falls by what it hinted and comes back."""
+    for _ in range(3):
+        result, _ = migrate(disk, "--memory", "1G")  # at the default bandwidth, for which the limit of bytes is stated
+        for run in result["runs"]:
+            assert_correct(run)
+        on = result["runs"][1]
+        if not any(r["log_voided"] for r in on["rounds"]):
+            break  # else the kernel's own flusher came in between: all is right, and hints were void
     assert on["hints_refused"] is None
     free = on["linux"]["mem_free_bytes"]
     fell = free["before"] - free["after_pass"]
@@ -66,7 +69,7 @@ def test_churn(disk: Path) -> None:
     assert hinted > 64 * BLOCK
     assert fell == pytest.approx(hinted, rel=0.05)
     assert free["after_done"] > free["before"] - 8 * BLOCK
-    assert result["ratio"]["bytes"] < 0.5
+    assert result["ratio"]["bytes"] <= 0.20
 
 
 def test_a_sync_on_the_host_in_mid_round(disk: Path) -> None:

@@ -26,5 +26,5 @@ def program(tmp_path_factory):
 
 @pytest.mark.parametrize("seed", [1, 2, 3])
 def test_random_operations_and_random_damage(program, seed):
-    run = subprocess.run([program, "5000", str(seed)], capture_output=True, text=True)
+    run = subprocess.run([program, str(seed), "0"], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr

@@ -1,11 +1,12 @@
 /* Random operations on the page allocator, checked against a plain table of who owns what.
  *
  * cc -std=c11 -g -O1 -fsanitize=address,undefined -Icsrc csrc/tests/page_alloc_test.c
- * csrc/page_alloc/[a-z]*.c Arguments: number of operations, seed.
+ * csrc/page_alloc/[a-z]*.c Arguments: seed, seconds (5000 operations at least).
  */
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <time.h>
 
 #include "page_alloc/page_alloc.h"
 
@@ -247,12 +248,12 @@ static void damage(struct test *t)
 
 int main(int argc, char **argv)
 {
-    uint64_t operations = argc > 1 ? strtoull(argv[1], NULL, 10) : 20000;
-    uint64_t seed = argc > 2 ? strtoull(argv[2], NULL, 10) : 1;
+    uint64_t seed = argc > 1 ? strtoull(argv[1], NULL, 10) : 1, operations = 0;
+    time_t end = time(NULL) + (argc > 2 ? atoi(argv[2]) : 5);
     struct test t;
     setup(&t, seed);
     check_all(&t);
-    for (uint64_t i = 0; i < operations; i++) {
+    for (; operations < 5000 || time(NULL) < end; operations++) {
         switch (next_random(&t) % 9) {
         case 0:
         case 1:
@@ -270,7 +271,7 @@ int main(int argc, char **argv)
         default:
             release(&t);
         }
-        if (i % 64 == 0)
+        if (operations % 64 == 0)
             check_all(&t);
     }
     while (t.count)
@@ -281,7 +282,7 @@ int main(int argc, char **argv)
     free(t.journal);
     free(t.taken);
     free(t.blocks);
-    printf("page_alloc: %llu operations, seed %llu: ok\n", (unsigned long long)operations,
-           (unsigned long long)seed);
+    printf("page_alloc_test: ok, seed %llu, %llu operations\n", (unsigned long long)seed,
+           (unsigned long long)operations);
     return 0;
 }
