@@ -78,7 +78,7 @@ static int covers(uint64_t addr, uint64_t len, uint64_t p, int all)
     __extension__ typedef unsigned __int128 wide;
     wide start = addr, end = start + len, from = (wide)p * DIRTY_PAGE_SIZE, to = from + DIRTY_PAGE_SIZE;
 
-    return all ? start <= from && end >= to : start < to && end > from;
+    return all ? start <= from && end >= to : len && start < to && end > from;
 }
 
 static void plain(void)
