@@ -10,7 +10,6 @@ from typing import Protocol
 
 from guest_driver.registers import POLLS, RegisterTransport
 from vring.errors import DeviceError, UsageError
-from vring.features import CommonFeature
 from vring.mmio_registers import (
     CONFIG_OFFSET,
     MAGIC,
@@ -60,8 +59,6 @@ class MmioTransport(RegisterTransport):
     NoDeviceError
         If the window holds no device (mmio.regs.driver-6, -8 and -10). `find` is the same without an error.
     """
-
-    unknown_features = CommonFeature.NOTIFICATION_DATA
 
     def __init__(
         self, bus: Bus, *, running: bool = False, polls: int = POLLS, pause: Callable[[], None] | None = None

@@ -12,7 +12,6 @@ from typing import Protocol
 
 from guest_driver.registers import POLLS, RegisterTransport
 from vring.errors import DeviceError, UsageError
-from vring.features import CommonFeature
 from vring.split import QueueLayout
 
 __all__ = ["PciBus", "PciTransport"]
@@ -115,8 +114,6 @@ class PciTransport(RegisterTransport):
     DeviceError
         If it is no modern virtio device, or one without the structures that a driver needs.
     """
-
-    unknown_features = CommonFeature.NOTIFICATION_DATA
 
     def __init__(
         self, bus: PciBus, *, running: bool = False, polls: int = POLLS, pause: Callable[[], None] | None = None

@@ -26,7 +26,7 @@ from balloon_dev.profiles import SPEC, Profile
 from guest_driver.balloon import DEFAULT_FEATURES, BalloonDriver, FreeAt
 from guest_driver.memory_manager import MemoryManager, Owner
 from guest_driver.vhost_user import VhostUserTransport
-from guest_driver.waiting import wait_readable
+from guest_driver.waiting import wait_readable, waiter
 from guest_driver.workloads import Workload
 from vring.dirty import wp_async
 from vring.dirty.software import SoftwareDirtyLog
@@ -282,7 +282,7 @@ class GuestProcess:
         return self._paused or self._quit
 
     def _run_connected(self) -> None:
-        watched = [*self.transport.filenos(), *([self._control.fileno()] if self._control else [])]
+        wait = waiter([*self.transport.filenos(), *([self._control.fileno()] if self._control else [])])
         while not self._quit:
             if self._obey():
                 continue
@@ -290,7 +290,7 @@ class GuestProcess:
             now = self._guest_time()
             wake = min(self.workload.step(now), self.driver.next_wake)
             timeout = 0.0 if busy else min(max(wake - self._guest_time(), 0.0), 0.5)
-            if wait_readable(watched, timeout):
+            if wait(timeout):
                 self.transport.check_alive()
 
     def _reconnect(self, error: PeerVanished) -> None:

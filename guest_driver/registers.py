@@ -14,6 +14,9 @@ from vring.features import CommonFeature, Status
 __all__ = ["POLLS", "RegisterTransport"]
 
 POLLS = 1000
+"""How often a register is read again before the driver gives up."""
+UNKNOWN_FEATURES = CommonFeature.NOTIFICATION_DATA
+"""Features that would change what these transports do, and that they do not have (basic.features.driver-4)."""
 
 
 class RegisterTransport:
@@ -28,9 +31,6 @@ class RegisterTransport:
     pause
         Called between two such reads: lets time pass, or the other side work.
     """
-
-    unknown_features = 0
-    """Bits that would change the transport in a way that it does not know (basic.features.driver-4)."""
 
     def __init__(self, running: bool, polls: int, pause: Callable[[], None] | None) -> None:
         self.polls = polls
@@ -104,7 +104,7 @@ class RegisterTransport:
             self._add_status(Status.ACKNOWLEDGE)
             self._add_status(Status.DRIVER)
         offered = sum(self._offered_word(word) << 32 * word for word in (0, 1))
-        self._offered = offered & ~self.unknown_features
+        self._offered = offered & ~UNKNOWN_FEATURES
         return self._offered
 
     def set_driver_features(self, features: int) -> None:

@@ -330,18 +330,25 @@ class GuestMemory:
     def read(self, gpa: int, length: int) -> bytes:
         """Return a copy of `length` bytes at `gpa`; the range may cross regions that touch."""
         parts = []
-        for i, start, n in self._pieces(gpa, length):
+        for i, start, n in self.pieces(gpa, length):
             parts.append(bytes(self._views[i][start : start + n]))
         return b"".join(parts)
 
     def write(self, gpa: int, data: bytes | bytearray | memoryview) -> None:
         """Store `data` at `gpa`; the range may cross regions that touch."""
         done = 0
-        for i, start, n in self._pieces(gpa, len(data)):
+        for i, start, n in self.pieces(gpa, len(data)):
             self._views[i][start : start + n] = data[done : done + n]
             done += n
 
-    def _pieces(self, gpa: int, length: int) -> list[tuple[int, int, int]]:
+    def pieces(self, gpa: int, length: int) -> list[tuple[int, int, int]]:
+        """Return a range that may cross regions as (region index, offset in that region, bytes).
+
+        Raises
+        ------
+        GuestAddressError
+            If it is not all RAM.
+        """
         if length and not self.covers(gpa, length):
             raise GuestAddressError(f"guest range {gpa:#x}+{length:#x} is not all RAM ({self.describe()})")
         pieces = []
