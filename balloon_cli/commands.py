@@ -20,7 +20,7 @@ from balloon_cli.drive_commands import compare, drive
 from balloon_cli.errors import MISSING, USAGE, VANISHED, exit_code
 from balloon_cli.live import LiveProgress, make_progress
 from balloon_cli.migrate import MigrateOptions, migrate_all
-from balloon_cli.options import SECONDS, SIZE, fail_if, set_up_logging
+from balloon_cli.options import SECONDS, SIZE, fail_if, linux_options, qemu_option, set_up_logging
 from balloon_cli.receive import ReceiveOptions, receive_guest
 from balloon_cli.serve import serve
 from balloon_dev.profiles import PROFILES, profile_named
@@ -154,6 +154,7 @@ Exit code 1 says that the oracle or the resumed guest found a wrong page.
     metavar="FOLDER",
     help="For the Linux guest's RAM file: a folder on ext4 or xfs. Default: one in /var/tmp.",
 )
+@linux_options
 @click.option("--seed", type=int, default=1, show_default=True, help="Of the guest's contents and choices.")
 @click.option(
     "--batch",
@@ -200,6 +201,9 @@ def _check_values(ctx: click.Context, options: dict[str, Any]) -> None:
             raise click.BadParameter(text, param_hint="--workload") from error
         if options["dirty_log"] == "cachestat":
             raise click.BadParameter("cachestat is for --guest linux", param_hint="--dirty-log")
+        for name in ("linux", "modules"):
+            if options[name]:
+                raise click.BadParameter("it is for --guest linux", param_hint=f"--{name}")
     if options["to"] == "spawn":
         return
     try:

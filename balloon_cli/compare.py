@@ -55,7 +55,7 @@ def compare_all(options: CompareOptions, progress: Progress) -> dict[str, Any]:
         What went wrong.
     """
     drive = options.drive
-    binary = find_qemu(drive.transport)
+    binary = find_qemu(drive.transport, drive.qemu)
     progress.say(f"{binary.version}, {binary.path}")
     modes = {"on": [True], "off": [False], "both": [False, True]}[drive.hints]
     runs: list[dict[str, Any]] = []

@@ -20,6 +20,7 @@ from guest_driver.qemu.migration import MigrationStopped, hinted_pages
 from host_qemu_side.migration import Cancelled
 from vring import bitmap
 from vring.contents import digests_of
+from vring.packages import Origin
 from vring.sizes import format_size
 
 __all__ = ["DriveOptions", "drive_all", "drive_findings", "drive_one", "drive_summary"]
@@ -45,6 +46,7 @@ class DriveOptions:
     seed: int = 1
     batch: int = 64
     warm_up: float = 0.2
+    qemu: str = ""
 
     def machine(self, hints: bool, *, incoming: bool = False) -> QemuOptions:
         """Return how QEMU is started for a migration.
@@ -52,7 +54,15 @@ class DriveOptions:
         Reporting is left out: what is reported is dropped, and would be gone from what hints are compared by; and no
         guest that fills freed pages with a poison value has junk in them.
         """
-        return QemuOptions(self.memory, self.transport, hint=hints, reporting=False, poison=False, incoming=incoming)
+        return QemuOptions(
+            self.memory,
+            self.transport,
+            hint=hints,
+            reporting=False,
+            poison=False,
+            incoming=incoming,
+            qemu=self.qemu,
+        )
 
 
 def drive_all(options: DriveOptions, progress: Progress) -> dict[str, Any]:
@@ -63,12 +73,12 @@ def drive_all(options: DriveOptions, progress: Progress) -> dict[str, Any]:
     VirtioError, OSError
         What went wrong.
     """
-    binary = find_qemu(options.transport)
+    binary = find_qemu(options.transport, options.qemu)
     progress.say(f"{binary.version}, {binary.path}")
     runs = []
     with stop_on_signal() as stopped:
         progress.say("every feature once")
-        features = exercise_features(options.transport, options.seed)
+        features = exercise_features(options)
         for hints in {"on": [True], "off": [False], "both": [False, True]}[options.hints]:
             progress.run_begins(hints)
             try:
@@ -104,10 +114,10 @@ def drive_all(options: DriveOptions, progress: Progress) -> dict[str, Any]:
     return result
 
 
-def exercise_features(transport: str, seed: int) -> Exercise:
+def exercise_features(options: DriveOptions) -> Exercise:
     """Have a small guest use every feature QEMU offers."""
-    with QemuMachine(QemuOptions(EXERCISE_MEMORY, transport)) as machine:
-        return exercise(QemuGuest.boot(machine, seed=seed, poison=0))
+    with QemuMachine(QemuOptions(EXERCISE_MEMORY, options.transport, qemu=options.qemu)) as machine:
+        return exercise(QemuGuest.boot(machine, seed=options.seed, poison=0))
 
 
 def drive_one(options: DriveOptions, hints: bool, progress: Progress, stopped: Callable[[], bool]) -> dict[str, Any]:
@@ -245,10 +255,8 @@ def run_as_json(outcome: MigrationOutcome, hints: bool) -> dict[str, Any]:
 def drive_summary(result: dict[str, Any]) -> list[str]:
     """Return what is to be said of QEMU and of the features used, in words, one line each."""
     qemu, used = result["qemu"], result["features"]
-    verified = {True: "dpkg -V clean", False: "dpkg -V NOT CLEAN", None: "of no Debian package"}
-    clean = verified[qemu["dpkg_verify_clean"]]
     return [
-        f"{qemu['version']}, {qemu['path']}, {qemu['package'] or 'not packaged'}, {clean}",
+        f"{qemu['version']}, {qemu['path']}, {Origin(qemu['package'], qemu['dpkg_verify_clean'])}",
         f"virtio-{result['transport']}, features used: {', '.join([*used['features'], *used['ring_features']])}",
         f"inflated {used['inflated_pages']:,} pages, QEMU dropped {used['dropped_pages']:,}; "
         f"reported {used['reported_pages']:,}, dropped {used['reported_dropped_pages']:,}; "

@@ -16,7 +16,7 @@ from balloon_cli.compare import CompareOptions, compare_all
 from balloon_cli.drive import DriveOptions, drive_all, drive_findings, drive_summary
 from balloon_cli.live import LiveProgress, make_progress
 from balloon_cli.migrate import Progress
-from balloon_cli.options import SECONDS, SIZE, fail_if, set_up_logging
+from balloon_cli.options import SECONDS, SIZE, fail_if, qemu_option, set_up_logging
 from guest_driver.qemu.launch import MAX_MEMORY
 from guest_driver.workloads import FORMS, parse_workload
 from vring.errors import UsageError
@@ -37,6 +37,7 @@ def _shared(hints: str) -> Callable[[Command], Command]:
         click.option("--hints", type=click.Choice(["on", "off", "both"]), default=hints, show_default=True),
         click.option("--bandwidth", type=SIZE, default="128M", show_default=True, help="Bytes/s, 0 for no limit."),
         click.option("--transport", type=click.Choice(["mmio", "pci"]), default="mmio", show_default=True),
+        qemu_option,
         click.option("--downtime-limit", type=SECONDS, default=0.3, show_default=True, metavar="SECONDS"),
         click.option("--max-rounds", type=click.IntRange(1), default=30, show_default=True, metavar="N"),
         click.option("--warm-up", type=SECONDS, default=0.2, show_default=True, metavar="SECONDS"),

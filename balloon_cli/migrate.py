@@ -43,6 +43,10 @@ class MigrateOptions:
     batch: int = 64
     work_dir: str = ""
     """Folder for the Linux guest's RAM file and what is built for it."""
+    linux: str = ""
+    """The Linux guest's kernel, where it is not the installed one."""
+    modules: str = ""
+    """Folder of its modules."""
     guest_arguments: tuple[str, ...] = ()
     """More arguments of the embedded guest, for experiments."""
     warm_up: float = 1.0

@@ -21,7 +21,8 @@ from balloon_dev.profiles import LINUX
 from guest_driver.workloads import BuildSpec, ChurnSpec, WriterSpec, parse_workload
 from host_qemu_side.linux_guest import LinuxGuest
 from host_qemu_side.linux_guest.handle import LinuxGuestHandle
-from host_qemu_side.linux_guest.initramfs import build, verify_package
+from host_qemu_side.linux_guest.initramfs import build
+from host_qemu_side.linux_guest.kernel import find_kernel
 from host_qemu_side.migration import Migration
 from host_qemu_side.migration.output import FileOutput
 from host_qemu_side.source import SourceHost
@@ -115,20 +116,22 @@ def migrate_linux(
     commands = tool_commands(options.workload, options.seed)
     if options.dirty_log not in ("auto", "cachestat"):
         raise UsageError(f"the Linux guest cannot use the dirty log {options.dirty_log!r}: leave it at auto")
-    package = verify_package()
-    if not package.clean:
-        progress.say(f"warning: the files of {package.package} were changed: {'; '.join(package.problems)}")
-    progress.say(f"{package.package} {package.version}, kernel {package.release}, dpkg -V clean: {package.clean}")
+    kernel = find_kernel(options.linux, options.modules)
+    origin = kernel.origin()
+    if origin.problems:
+        progress.say(f"warning: the files of {origin.package} were changed: {'; '.join(origin.problems)}")
+    progress.say(f"{kernel.path}, Linux {kernel.release}, {origin}")
     folder = Path(options.work_dir) if options.work_dir else Path(f"/var/tmp/virtio-balloon-{os.getuid()}")
     with contextlib.ExitStack() as stack:
         end_on_signal = ticker(progress, stopped)
         host = stack.enter_context(SourceHost(profile=LINUX))
-        initramfs = build(folder)
+        initramfs = build(folder, kernel)
         guest = LinuxGuest(
             options.memory,
             folder,
             host.socket_path,
             initramfs=initramfs,
+            kernel=kernel,
             remove=[os.path.dirname(host.socket_path)],
             watch=host.loop.filenos,
         )
@@ -137,7 +140,7 @@ def migrate_linux(
         stack.callback(setattr, host.loop, "tick", None)  # before the guest is ended, which takes a while
         host.loop.tick = end_on_signal
         progress.say("the Linux guest boots")
-        guest.wait_ready(60.0, handle.serve)
+        release = guest.wait_ready(60.0, handle.serve)
         guest.load_balloon(handle.serve)
         host.loop.run_until(
             lambda: host.device.queue(QueueRole.FREE_PAGE) is not None, 10.0, "the guest's balloon driver"
@@ -182,12 +185,16 @@ def migrate_linux(
         alive = guest.alive(handle.serve) and guest.run("echo alive", serve=handle.serve).output.strip() == "alive"
         if not alive:
             raise PeerVanished("the Linux guest does not answer after the migration")
+        xstate = guest.xstate_counts
     run = run_as_json(outcome, hints)
     run["dirty_log"] = log.name
     run["linux"] = {
-        "package": f"{package.package} {package.version}",
-        "release": package.release,
-        "dpkg_verify_clean": package.clean,
+        "kernel": str(kernel.path),
+        "module": str(kernel.module),
+        "package": origin.package,
+        "release": release,
+        "dpkg_verify_clean": origin.clean,
+        "xstate_completed": None if xstate is None else xstate.completed,
         "filled": filled,
         "mem_free_bytes": memory.bytes,
         "alive_after": alive,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import sys
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -12,6 +13,8 @@ from rich.console import Console
 from rich.logging import RichHandler
 
 from balloon_cli.errors import INVARIANT
+from guest_driver.qemu.package import QEMU_ENVIRONMENT
+from host_qemu_side.linux_guest.kernel import KERNEL_ENVIRONMENT, MODULES_ENVIRONMENT
 from vring.errors import UsageError
 from vring.sizes import parse_size
 
@@ -21,7 +24,9 @@ if TYPE_CHECKING:
 else:
     _SizeBase = _SecondsBase = click.ParamType  # not generic before click 8.4
 
-__all__ = ["SECONDS", "SIZE", "Seconds", "Size", "fail_if", "set_up_logging"]
+__all__ = ["SECONDS", "SIZE", "Seconds", "Size", "fail_if", "linux_options", "qemu_option", "set_up_logging"]
+
+Command = Callable[..., Any]
 
 
 class Size(_SizeBase):
@@ -57,6 +62,33 @@ class Seconds(_SecondsBase):
 
 SIZE = Size()
 SECONDS = Seconds()
+
+
+def linux_options(command: Command) -> Command:
+    """Add the options that choose the Linux guest's kernel; `find_kernel` takes their values."""
+    modules = click.option(
+        "--modules",
+        default="",
+        metavar="FOLDER",
+        help=f"Where the modules of that kernel are. Default: ${MODULES_ENVIRONMENT}, or as installed with it.",
+    )
+    linux = click.option(
+        "--linux",
+        default="",
+        metavar="PATH",
+        help=f"Kernel of the Linux guest, a User-Mode Linux. Default: ${KERNEL_ENVIRONMENT}, or linux.uml.",
+    )
+    return linux(modules(command))
+
+
+def qemu_option(command: Command) -> Command:
+    """Add the option that chooses a QEMU; `find_qemu` takes its value."""
+    return click.option(
+        "--qemu",
+        default="",
+        metavar="PATH",
+        help=f"QEMU's program, or the folder that has it. Default: ${QEMU_ENVIRONMENT}, or as installed.",
+    )(command)
 
 
 def set_up_logging(verbose: int, console: Console | None) -> None:

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from vring.packages import Origin
 from vring.sizes import format_size
 
 __all__ = ["findings", "print_migration", "print_reception", "resumed_findings"]
@@ -158,10 +159,9 @@ def _linux_text(linux: dict[str, Any]) -> Text:
     if found:
         return text.append("WRONG: ", "bold red").append("; ".join(found))
     free = linux["mem_free_bytes"]
-    text.append("good: ", "bold green").append(f"{linux['package']}, dpkg -V ")
-    text.append(
-        "clean" if linux["dpkg_verify_clean"] else "NOT CLEAN", None if linux["dpkg_verify_clean"] else "bold red"
-    )
+    text.append("good: ", "bold green").append(f"{linux['kernel']}, Linux {linux['release']}, ")
+    origin = Origin(linux["package"], linux["dpkg_verify_clean"])
+    text.append(str(origin), "bold red" if origin.clean is False else None)
     text.append(f"; {linux['tags']['found']:,} tagged pages at their latest version; MemFree ")
     names = {"before": "", "after_pass": " after the pass", "after_stop": " after STOP", "after_done": " after DONE"}
     text.append(", ".join(f"{format_size(free[key])}{name}" for key, name in names.items() if key in free))

@@ -106,6 +106,11 @@ class BalloonDevice(Requests):
         return [size for _, size in sorted(self._numbered(self.offered_features, fill=True).items())]
 
     @property
+    def most_queues(self) -> int:
+        """Queues a balloon can have at most: one for each role, by any numbering."""
+        return len(QueueRole)
+
+    @property
     def config_generation(self) -> int:
         """Generation of the config space."""
         return self.config.generation

@@ -18,7 +18,7 @@ import pytest
 
 from balloon_dev.device import BalloonDevice
 from balloon_dev.profiles import LINUX
-from host_qemu_side.linux_guest import LinuxGuest, initramfs, tags
+from host_qemu_side.linux_guest import LinuxGuest, initramfs, kernel, tags
 from host_qemu_side.linux_guest.console import Console
 from host_qemu_side.linux_guest.mconsole import Request
 from host_qemu_side.loop import Loop
@@ -96,10 +96,11 @@ def test_impossible_sizes(tmp_path: Path, size: int) -> None:
 
 
 def test_missing_packages_are_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for variable in (kernel.KERNEL_ENVIRONMENT, kernel.MODULES_ENVIRONMENT):
+        monkeypatch.delenv(variable, raising=False)
     monkeypatch.setattr("shutil.which", lambda name: None)
     monkeypatch.setattr(Path, "exists", lambda self: False)
-    monkeypatch.setattr(initramfs, "_MODULES", tmp_path)
-    for find in (initramfs.find_kernel, initramfs.find_module, initramfs.find_busybox):
+    for find in (kernel.find_kernel, initramfs.find_busybox):
         with pytest.raises(MissingFacility, match="apt install"):
             find()
 
@@ -166,9 +167,10 @@ def test_management_console_without_a_guest(tmp_path: Path) -> None:
 
 @uml
 def test_the_package_is_what_debian_ships(guest: LinuxGuest) -> None:
-    state = initramfs.verify_package()
-    assert state.clean, state.problems
-    assert guest.run("uname -r").output.strip() == state.release == guest.wait_ready()
+    origin = guest.kernel.origin()
+    assert origin.clean is not False, origin.problems
+    assert bool(origin.package) == (origin.clean is not None)
+    assert guest.run("uname -r").output.strip() == guest.kernel.release == guest.wait_ready()
 
 
 @uml

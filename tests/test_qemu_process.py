@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from guest_driver.qemu import QemuMachine, QemuOptions, QmpError, find_qemu
+from guest_driver.qemu.package import QEMU_ENVIRONMENT
 from guest_driver.qemu.remark import marks
 from vring.errors import DeviceError, MissingFacility, PeerVanished, UsageError
 from vring.memory import PAGE_SIZE, GuestMemory
@@ -43,7 +44,7 @@ def test_options_that_cannot_be(options: dict) -> None:
 
 def test_missing_qemu_names_the_package(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
-    find_qemu.cache_clear()
+    monkeypatch.delenv(QEMU_ENVIRONMENT, raising=False)
     with pytest.raises(MissingFacility, match="apt install qemu-system-x86"):
         find_qemu("mmio")
     command = [sys.executable, "-m", "balloon_cli", "drive", "--memory", "64M"]

@@ -7,12 +7,12 @@ threads or clocks, so a test can choose the order of every step.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from vring.memory import GuestMemory
 from vring.split import DeviceQueue
 
-__all__ = ["Device"]
+__all__ = ["Device", "HasMostQueues", "most_queues"]
 
 
 class Device(Protocol):
@@ -78,3 +78,17 @@ class Device(Protocol):
 
     def reset(self) -> None:
         """Go back to the state before initialisation."""
+
+
+@runtime_checkable
+class HasMostQueues(Protocol):
+    """A device whose number of queues depends on features."""
+
+    @property
+    def most_queues(self) -> int:
+        """Queues it has at most, whatever is offered and however they are numbered."""
+
+
+def most_queues(device: Device) -> int:
+    """Return how many queues a device could have at most: what it says itself, else as many as it has."""
+    return max(len(device.queue_sizes), device.most_queues if isinstance(device, HasMostQueues) else 0)

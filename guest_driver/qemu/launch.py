@@ -44,6 +44,8 @@ class QemuOptions:
     """Wait for a migration, and do not start the machine after it."""
     extra: tuple[str, ...] = ()
     """More arguments."""
+    qemu: str = ""
+    """Path of the program or its folder; empty for the usual one (see `find_qemu`)."""
 
     def __post_init__(self) -> None:
         if self.transport not in BINARIES:
@@ -68,15 +70,15 @@ class QemuProcess:
 
     Raises
     ------
-    MissingFacility
-        If it is not installed.
+    UsageError, MissingFacility
+        If what was named is not there, or it is not installed.
     PeerVanished
         If it ends at once; the message has what it said.
     """
 
     def __init__(self, options: QemuOptions, ram: int) -> None:
         self.options = options
-        self.binary = find_qemu(options.transport)
+        self.binary = find_qemu(options.transport, options.qemu)
         self._stderr: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115
         with contextlib.ExitStack() as stack:
             mine, theirs = zip(*(socket.socketpair() for _ in range(2)), strict=True)

@@ -9,13 +9,16 @@ from dataclasses import asdict, dataclass
 from functools import cache
 from typing import Any
 
-from vring.errors import MissingFacility
+from vring.errors import MissingFacility, UsageError
+from vring.packages import origin_of
 
-__all__ = ["BINARIES", "QemuBinary", "find_qemu"]
+__all__ = ["BINARIES", "QEMU_ENVIRONMENT", "QemuBinary", "find_qemu"]
 
 BINARIES = {"mmio": "qemu-system-x86_64-microvm", "pci": "qemu-system-x86_64"}
 """Program for each transport: the first has qtest built in as an accelerator and virtio-mmio slots."""
 PACKAGE = "qemu-system-x86"
+QEMU_ENVIRONMENT = "BALLOON_QEMU"
+"""Environment variable that names a QEMU, or the folder that has it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,37 +39,59 @@ class QemuBinary:
         return asdict(self)
 
 
-def _output(*command: str) -> tuple[int, str]:
-    environment = {**os.environ, "LC_ALL": "C"}
+def _version(path: str) -> str:
+    """Return the first line of what a program says of itself."""
     try:
         done = subprocess.run(
-            command, capture_output=True, text=True, env=environment, stdin=subprocess.DEVNULL, check=False, timeout=60
+            [path, "--version"],
+            capture_output=True,
+            text=True,
+            errors="replace",
+            stdin=subprocess.DEVNULL,
+            check=False,
+            timeout=60,
         )
-    except OSError:
-        return 127, ""
-    return done.returncode, done.stdout.strip()
+    except (OSError, subprocess.SubprocessError) as error:
+        why = getattr(error, "strerror", None) or "it does not end"
+        raise MissingFacility(f"{path} does not start: {why}") from error
+    words = (done.stdout.strip() or done.stderr.strip()).splitlines() or [f"exit code {done.returncode}"]
+    if done.returncode != 0:
+        raise MissingFacility(f"{path} does not start: {words[0][:300]}")
+    if "QEMU" not in words[0]:
+        raise MissingFacility(f"{path} is not QEMU: --version says {words[0][:100]!r}")
+    return words[0]
 
 
-@cache
-def find_qemu(transport: str) -> QemuBinary:
+def find_qemu(transport: str, qemu: str = "") -> QemuBinary:
     """Return the QEMU for a transport, ``mmio`` or ``pci``.
+
+    Parameters
+    ----------
+    transport
+        Key of `BINARIES`.
+    qemu
+        Path of the program, or of the folder that has it under its usual name; by default what ``BALLOON_QEMU`` in the
+        environment names, else what is found through the ``PATH``.
 
     Raises
     ------
+    UsageError
+        If what is named is not there.
     MissingFacility
         If it is not installed or does not start; the message names the package.
     """
     name = BINARIES[transport]
-    path = shutil.which(name)
+    named = qemu or os.environ.get(QEMU_ENVIRONMENT, "")
+    path = shutil.which(os.path.join(named, name) if os.path.isdir(named) else named or name)
+    if path is None and named:
+        what = f"a folder without {name}" if os.path.isdir(named) else "no program that can be executed"
+        raise UsageError(f"the QEMU that was named is {what}: {named}")
     if path is None:
         raise MissingFacility(f"no {name} on this machine: apt install {PACKAGE}")
-    code, version = _output(path, "--version")
-    if code or not version:
-        raise MissingFacility(f"{path} does not start: apt install --reinstall {PACKAGE}")
-    code, owner = _output("dpkg", "-S", os.path.realpath(path))
-    package, clean = "", None
-    if code == 0:
-        package = owner.partition(":")[0]
-        clean = _output("dpkg", "-V", package) == (0, "")
-        package = f"{package} {_output('dpkg-query', '-W', '-f', '${Version}', package)[1]}"
-    return QemuBinary(path, version.splitlines()[0], package, clean)
+    return _examined(os.path.abspath(path))
+
+
+@cache
+def _examined(path: str) -> QemuBinary:
+    version, origin = _version(path), origin_of(path)
+    return QemuBinary(path, version, origin.package, origin.clean)

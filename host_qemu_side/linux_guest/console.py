@@ -17,6 +17,15 @@ __all__ = ["CommandResult", "Console"]
 
 _MARK = re.compile(rb"\n?\x1e([RBE]) ([^\n\x1e]*)\n")
 _KEEP = 64 << 10
+_BEFORE_PANIC = 3
+_MOST_TROUBLE = 6
+_TROUBLE = re.compile(
+    r"\b(err(no|or)?\b|fail|unable|cannot|can't|denied|not permitted|no such|refus|kill|segfault|out of memory)", re.I
+)
+_HARMLESS = ("Failed to initialize ubd device", "mmapper_init - find_iomem")
+"""Beginnings of what a guest without disks says each time it boots."""
+_DUMP = re.compile(r"\s*(\[<[0-9a-f]+>\]|([0-9a-f]{8,16}\s*)+$|(Call Trace|Stack|CPU|RIP|Modules linked in|Pid|PID):)")
+"""Lines of a kernel's dump of its stack and registers."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,10 +144,17 @@ class Console:
             self._from = 0
 
     def last_words(self) -> str:
-        """Return the end of the transcript on one line, and before it the kernel's panic message if there is one."""
-        lines = [line for line in self.transcript.replace("\x1e", "").splitlines() if line.strip()]
-        panic = [line for line in lines[:-6] if "Kernel panic" in line]
-        return " | ".join(panic[:1] + lines[-6:]) or "(none)"
+        """Return, on one line, what decides: of a panic what came before it, else the end; and all that tells of failure.
+
+        A panic often says only that the first program ended; why stands before it, sometimes far before it.
+        """
+        text = self.transcript.replace("\x1e", "")
+        lines = [line.strip() for line in text.splitlines() if line.strip() and not _DUMP.match(line)]
+        panic = next((i for i, line in enumerate(lines) if "Kernel panic" in line), None)
+        first, end = (len(lines) - 6, len(lines)) if panic is None else (panic - _BEFORE_PANIC, panic + 1)
+        first = max(0, first)
+        trouble = [line for line in lines[:first] if _TROUBLE.search(line) and not line.startswith(_HARMLESS)]
+        return " | ".join([*trouble[-_MOST_TROUBLE:], *lines[first:end]]) or "(none)"
 
     def close(self) -> None:
         """Close both pipes."""

@@ -22,8 +22,11 @@ from pathlib import Path
 from typing import TypeVar
 
 from host_qemu_side.linux_guest import initramfs as _initramfs
+from host_qemu_side.linux_guest import ptrace_xstate
 from host_qemu_side.linux_guest.console import CommandResult, Console
+from host_qemu_side.linux_guest.kernel import GuestKernel, find_kernel
 from host_qemu_side.linux_guest.mconsole import Reply, Request
+from host_qemu_side.linux_guest.ptrace_xstate import PtraceXstate, XstateCounts
 from vring.errors import MissingFacility, PeerVanished, UsageError
 
 __all__ = ["LinuxGuest", "Serve"]
@@ -55,6 +58,11 @@ class LinuxGuest:
         The guest's first file system; None builds it, with `initramfs.build`, in `cache`.
     cache
         Folder for what is built; None means `workdir`.
+    kernel
+        The guest's kernel; None takes that of `kernel.find_kernel`.
+    complete_xstate
+        Whether ``ptrace_xstate.c`` is preloaded into the kernel's program, which old kernels need on processors with
+        AMX; None means where `ptrace_xstate.wanted` says so.
     kernel_args
         More arguments for the guest's kernel, such as ``init_on_alloc=1``.
     remove
@@ -66,7 +74,7 @@ class LinuxGuest:
     Raises
     ------
     UsageError
-        If the size is not possible.
+        If the size is not possible, or a kernel that was named is not there.
     MissingFacility
         If the machine lacks a package, or room in `workdir` for all of the guest's RAM.
     """
@@ -79,6 +87,8 @@ class LinuxGuest:
         *,
         initramfs: Path | None = None,
         cache: Path | None = None,
+        kernel: GuestKernel | None = None,
+        complete_xstate: bool | None = None,
         kernel_args: Sequence[str] = (),
         remove: Sequence[str] = (),
         watch: Callable[[], Iterable[int]] | None = None,
@@ -97,8 +107,12 @@ class LinuxGuest:
         self._vhost = None if vhost_user_socket is None else os.path.abspath(vhost_user_socket)
         self._kernel_args = tuple(kernel_args)
         self._remove = tuple(remove)
-        self._kernel = _initramfs.find_kernel()
-        self._initrd = initramfs or _initramfs.build(cache or self.workdir)
+        self.kernel = kernel or find_kernel()
+        """Which kernel it is."""
+        self._cache = cache or self.workdir
+        self._initrd = Path(initramfs or _initramfs.build(self._cache, self.kernel)).absolute()
+        self._complete_xstate = ptrace_xstate.wanted() if complete_xstate is None else complete_xstate
+        self._xstate: PtraceXstate | None = None
         self._console: Console | None = None
         self._keeper: subprocess.Popen[bytes] | None = None
         self._control: socket.socket | None = None
@@ -136,14 +150,20 @@ class LinuxGuest:
             control_dir = Path(tempfile.mkdtemp(prefix="uml-"))
             self._folders.append(control_dir)
         self._umid = control_dir / "guest"
-        argv = [str(self._kernel), f"mem={self.memory_bytes >> 10}K", f"initrd={self._initrd}"]
+        argv = [str(self.kernel.path), f"mem={self.memory_bytes >> 10}K", f"initrd={self._initrd}"]
         argv += ["con=null", "con0=fd:0,fd:1", f"umid={self._umid.name}", f"uml_dir={control_dir}"]
         if self._vhost is not None:
             argv.append(f"virtio_uml.device={self._vhost}:{_BALLOON_ID}")
         argv += self._kernel_args
+        environment = {"TMPDIR": str(ram), "PATH": "/usr/bin:/bin"}
+        inherited: tuple[int, ...] = ()
+        if self._complete_xstate:
+            self._xstate = PtraceXstate(self._cache)
+            environment |= self._xstate.environment
+            inherited = self._xstate.fds
         spec = {
             "argv": argv,
-            "environment": {"TMPDIR": str(ram), "PATH": "/usr/bin:/bin"},
+            "environment": environment,
             "host": os.getpid(),
             "remove": [*(str(folder) for folder in self._folders), *self._remove],
         }
@@ -155,7 +175,7 @@ class LinuxGuest:
                 [sys.executable, "-I", "-S", str(_KEEPER), str(far.fileno()), json.dumps(spec)],
                 stdin=to_guest[0],
                 stdout=from_host[1],
-                pass_fds=[far.fileno()],
+                pass_fds=[far.fileno(), *inherited],
                 start_new_session=True,  # a Ctrl-C for the host is not one for the guest
             )
         finally:
@@ -172,11 +192,24 @@ class LinuxGuest:
         ------
         PeerVanished
             If it ends, or does not get that far in `timeout` seconds.
+        MissingFacility
+            If ``ptrace_xstate.c`` was to be preloaded and is not in place.
         """
         console = self._running()
         release = self._wait(lambda: console.release, timeout, serve, "boot")
         self.processes()
+        counts = self.xstate_counts
+        if counts is not None and not counts.calls:
+            raise MissingFacility(
+                f"ptrace_xstate.c was preloaded into {self.kernel.path}, but is not called: is the program linked "
+                "statically, or does it have privileges of its own?"
+            )
         return release
+
+    @property
+    def xstate_counts(self) -> XstateCounts | None:
+        """How often the preloaded ``ptrace_xstate.c`` was called; None if it was not put in place."""
+        return None if self._xstate is None else self._xstate.counts
 
     def __enter__(self) -> LinuxGuest:
         self.start()
@@ -432,7 +465,7 @@ class LinuxGuest:
         if not orderly:
             for pid in (self._known | _users_of(self._folders)) - {self._keeper.pid, os.getpid()}:
                 with contextlib.suppress(OSError):
-                    if os.path.samefile(f"/proc/{pid}/exe", self._kernel):
+                    if os.path.samefile(f"/proc/{pid}/exe", self.kernel.path):
                         os.kill(pid, signal.SIGKILL)
             for folder in self._folders:
                 shutil.rmtree(folder, ignore_errors=True)
@@ -444,6 +477,9 @@ class LinuxGuest:
             self._console.pump()
         if self._console is not None:
             self._console.close()
+        if self._xstate is not None:
+            self._xstate.close()
+            self._xstate = None
         self.frozen = False
 
 

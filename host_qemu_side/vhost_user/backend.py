@@ -270,6 +270,7 @@ class VhostUserBackend:
         self._protocol = vu.unpack_u64(payload, "SET_PROTOCOL_FEATURES") & PROTOCOL_FEATURES
 
     def _get_queue_num(self, payload: bytes, fds: list[int]) -> bytes:
+        # Not what is offered at the moment: Linux 7.2 refuses a device that could not have all its driver knows.
         return vu.pack_u64(len(self._rings))
 
     def _nothing(self, payload: bytes, fds: list[int]) -> None:
@@ -296,7 +297,7 @@ class VhostUserBackend:
 
     def _set_vring_num(self, payload: bytes, fds: list[int]) -> None:
         state = vu.VringState.unpack(payload, "SET_VRING_NUM")
-        ring, largest = self._rings[state.index], self.device.queue_sizes[state.index]
+        ring, largest = self._rings[state.index], self._rings.largest(state.index)
         if not 0 < state.value <= largest:
             raise VhostUserError(f"vhost-user: ring of {state.value} entries, at most {largest}", queue=state.index)
         ring.size = state.value

@@ -14,7 +14,7 @@ from typing import Any
 
 from host_qemu_side.loop import Loop
 from vring import vhost_user as vu
-from vring.device import Device
+from vring.device import Device, most_queues
 from vring.errors import VirtioError
 from vring.features import CommonFeature
 from vring.memory import GuestMemory
@@ -77,7 +77,7 @@ class Rings:
 
     def __init__(self, device: Device, loop: Loop, deliver: Callable[[], None]) -> None:
         self._device, self._loop, self._deliver = device, loop, deliver
-        self._rings = [Ring() for _ in device.queue_sizes]
+        self._rings = [Ring() for _ in range(most_queues(device))]
         self.memory: GuestMemory | None = None
         self.regions: list[vu.MemoryRegion] = []
         """Where the front end has that memory, to understand its addresses of rings."""
@@ -99,6 +99,15 @@ class Rings:
         if index >= len(self._rings):
             raise VhostUserError(f"vhost-user: queue {index}, the device has {len(self._rings)}", queue=index)
         return self._rings[index]
+
+    def largest(self, index: int) -> int:
+        """Return how many entries a ring may have.
+
+        A queue the device could have but has not may be set up, too: a front end goes by GET_QUEUE_NUM, not by features.
+        It rests as long as nothing comes on it.
+        """
+        sizes = self._device.queue_sizes
+        return sizes[index] if index < len(sizes) else max(sizes)
 
     # -- running and at rest --------------------------------------------------------------------------------------
 
@@ -174,7 +183,7 @@ class Rings:
         self.stop_all()
         for ring in self._rings:
             ring.close()
-        self._rings = [Ring() for _ in self._device.queue_sizes]
+        self._rings = [Ring() for _ in self._rings]
         self.regions, self.memory, self.features = [], None, 0
 
     # -- serving --------------------------------------------------------------------------------------------------

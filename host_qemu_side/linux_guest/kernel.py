@@ -1,0 +1,128 @@
+"""Which Linux kernel becomes the guest: its program, its balloon module, and where both come from.
+
+Debian's ``user-mode-linux`` unless another is named, by argument or by the environment. Nothing is started here.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from vring.errors import MissingFacility, UsageError
+from vring.packages import Origin, origin_of
+
+__all__ = ["KERNEL_ENVIRONMENT", "MODULES_ENVIRONMENT", "PACKAGE", "GuestKernel", "find_kernel"]
+
+PACKAGE = "user-mode-linux"
+KERNEL_ENVIRONMENT, MODULES_ENVIRONMENT = "BALLOON_LINUX", "BALLOON_LINUX_MODULES"
+"""Environment variables that name the program and the folder of its modules."""
+
+_MODULES = Path("/usr/lib/uml/modules")
+_MODULE = Path("kernel/drivers/virtio/virtio_balloon.ko")
+_RELEASE = re.compile(r"[0-9]+\.[0-9]+[^\s/]*")
+
+
+@dataclass(frozen=True, slots=True)
+class GuestKernel:
+    """A User-Mode Linux kernel on this machine."""
+
+    path: Path
+    """The program."""
+    module: Path
+    """Its ``virtio_balloon.ko``."""
+    release: str
+    """Kernel release, as the program says it and ``uname -r`` in the guest."""
+
+    def origin(self) -> Origin:
+        """Return the package that both program and module come from; none if they do not come from the same."""
+        program, module = origin_of(self.path), origin_of(self.module)
+        return program if program.package == module.package else Origin("", None)
+
+
+def find_kernel(
+    linux: str | os.PathLike[str] | None = None, modules: str | os.PathLike[str] | None = None
+) -> GuestKernel:
+    """Find the guest's kernel and its modules.
+
+    Parameters
+    ----------
+    linux
+        The program; by default what ``BALLOON_LINUX`` in the environment names, else ``linux.uml`` from the ``PATH``.
+    modules
+        Folder with its modules, of one kernel or with a folder for each release; by default what
+        ``BALLOON_LINUX_MODULES`` names, else ``lib/uml/modules`` beside the program's ``bin``, else Debian's.
+
+    Raises
+    ------
+    UsageError
+        If what is named is not there.
+    MissingFacility
+        If nothing was named and nothing is installed, or what is there cannot be used; the message says why.
+    """
+    named = os.fspath(linux or os.environ.get(KERNEL_ENVIRONMENT, ""))
+    path = _named_program(named) if named else _installed_program()
+    release = _release(path)
+    folder = os.fspath(modules or os.environ.get(MODULES_ENVIRONMENT, ""))
+    if folder:
+        if not os.path.isdir(folder):
+            raise UsageError(f"the folder of the guest kernel's modules is not there: {folder}")
+        places = [Path(folder).absolute()]
+    else:
+        beside = Path(os.path.realpath(path)).parent.parent / "lib/uml/modules"
+        places = [beside] if beside == _MODULES else [beside, _MODULES]
+    return GuestKernel(path, _find_module(places, release, exact=not folder), release)
+
+
+def _named_program(name: str) -> Path:
+    path = Path(name).absolute()
+    if not path.is_file():
+        raise UsageError(f"the guest's kernel is not there: {name}")
+    if not os.access(path, os.X_OK):
+        raise UsageError(f"the guest's kernel is not a program that can be executed: {name}")
+    return path
+
+
+def _installed_program() -> Path:
+    found = shutil.which("linux.uml")
+    if found is None:
+        raise MissingFacility(f"no linux.uml on this machine: apt install {PACKAGE}")
+    return Path(found).absolute()
+
+
+def _release(path: Path) -> str:
+    """Return what the program says of itself."""
+    try:
+        done = subprocess.run(
+            [str(path), "--version"],
+            capture_output=True,
+            text=True,
+            errors="replace",
+            stdin=subprocess.DEVNULL,
+            timeout=10,
+        )
+    except (OSError, subprocess.SubprocessError) as error:
+        why = getattr(error, "strerror", None) or "it does not end"
+        raise MissingFacility(f"{path} does not start: {why}") from error
+    words = (done.stdout.strip() or done.stderr.strip()).splitlines() or [f"exit code {done.returncode}"]
+    if done.returncode != 0:
+        raise MissingFacility(f"{path} does not start: {words[0][:300]}")
+    if not _RELEASE.fullmatch(words[0]):
+        raise MissingFacility(f"{path} is not User-Mode Linux: --version says {words[0][:100]!r}")
+    return words[0]
+
+
+def _find_module(places: Sequence[Path], release: str, *, exact: bool) -> Path:
+    """Return the balloon module of a release; without `exact` a folder may be that of one kernel, whatever its name."""
+    for place in places:
+        for folder in [place / release] if exact else [place / release, place]:
+            if (folder / _MODULE).exists():
+                return folder / _MODULE
+            for packed in sorted(folder.glob(f"{_MODULE}.*")):
+                raise MissingFacility(f"{packed} is compressed, which the guest's insmod cannot read: decompress it")
+    where = " or ".join(str(place) for place in places)
+    raise MissingFacility(f"no {_MODULE.name} of Linux {release} under {where}: apt install {PACKAGE}, or name its folder")

@@ -1,0 +1,82 @@
+"""Which Debian package a program on this machine comes from, and whether it is as shipped.
+
+Both sides have a peer that somebody else built (a guest kernel, a QEMU), and say of each result which one it was.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+__all__ = ["Origin", "origin_of"]
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """Where a file comes from."""
+
+    package: str
+    """Name and version of the Debian package that has this very file, empty if none has."""
+    clean: bool | None
+    """Whether ``dpkg -V`` found every file of that package as shipped; None without a package."""
+    problems: tuple[str, ...] = ()
+    """The lines of ``dpkg -V``."""
+
+    def __str__(self) -> str:
+        if not self.package:
+            return "of no Debian package"
+        return f"{self.package}, dpkg -V {'clean' if self.clean else 'NOT CLEAN'}"
+
+
+def _dpkg(program: str, *arguments: str) -> tuple[int, str]:
+    environment = {**os.environ, "LC_ALL": "C"}
+    try:
+        done = subprocess.run(
+            [program, *arguments],
+            capture_output=True,
+            text=True,
+            errors="replace",
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            timeout=60,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return 127, ""
+    return done.returncode, (done.stdout + done.stderr).strip()
+
+
+def origin_of(path: str | os.PathLike[str]) -> Origin:
+    """Ask dpkg which package has the file behind `path`, and whether that package is as it was shipped.
+
+    Parameters
+    ----------
+    path
+        Of a file; links are followed.
+
+    Returns
+    -------
+    Origin
+        Without a package if dpkg knows none for that file, or there is no dpkg.
+    """
+    none = Origin("", None)
+    if shutil.which("dpkg") is None:
+        return none
+    real = Path(os.path.realpath(path))
+    names = [real]
+    if real.parts[:2] == ("/", "usr"):  # packages from before /bin and /lib were merged into /usr name them so
+        names.append(Path("/", *real.parts[2:]))
+    for name in names:
+        _, listed = _dpkg("dpkg-query", "-S", str(name))
+        for line in listed.splitlines():
+            owner, _, which = line.rpartition(": ")
+            if which != str(name) or owner.startswith("diversion by"):
+                continue  # the argument is a pattern, which may find other files
+            package = owner.split(", ")[0].partition(":")[0]
+            _, version = _dpkg("dpkg-query", "-W", "-f", "${Version}\\n", package)
+            code, said = _dpkg("dpkg", "-V", package)
+            problems = tuple(said.splitlines())
+            return Origin(f"{package} {version.partition(chr(10))[0]}", code == 0 and not problems, problems)
+    return none
