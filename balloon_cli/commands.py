@@ -16,6 +16,7 @@ from balloon_cli import doctor as doctor_module
 from balloon_cli import report
 from balloon_cli.bench import bench
 from balloon_cli.ctl import ctl
+from balloon_cli.doctor import DoctorOptions
 from balloon_cli.drive_commands import compare, drive
 from balloon_cli.errors import MISSING, USAGE, VANISHED, exit_code
 from balloon_cli.live import LiveProgress, make_progress
@@ -304,13 +305,20 @@ Examples:
     show_default=True,
     help="Where the memory files of Linux guests would lie.",
 )
+@linux_options
+@qemu_option
 @click.option("--json", "as_json", is_flag=True, help="Print the findings as one JSON object on stdout.")
-def doctor(work_dir: Path, as_json: bool) -> None:
-    """Say what this machine can do, and what to install for the rest.
+def doctor(as_json: bool, **options: Any) -> None:
+    """Try what this machine can do, and say what to install for the rest.
 
-    Exit code 0 if an embedded Python guest can be migrated with hints, 3 if not even that.
+    Small guests of both kinds boot and are migrated with hints, which takes some seconds. Exit code 0 if that worked
+    with the embedded Python guest, 3 if not even that.
     """
-    found = doctor_module.examine(work_dir)
+
+    def say(text: str) -> None:
+        print(f"balloon: {text}", file=sys.stderr, flush=True)
+
+    found = doctor_module.examine(DoctorOptions(**options), say)
     if as_json:
         click.echo(json.dumps(found))
     else:

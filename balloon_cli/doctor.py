@@ -1,16 +1,19 @@
-"""``balloon doctor``: what this machine can do, and what to install for the rest."""
+"""``balloon doctor``: what this machine can do, and what to install for the rest.
+
+What can be tried is tried: both guests boot and are migrated, small. Nothing is left behind.
+"""
 
 from __future__ import annotations
 
 import importlib
 import os
 import platform
-import shutil
 import socket
 import subprocess
 import tempfile
+import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +21,17 @@ import numpy as np
 from rich.console import Console
 from rich.text import Text
 
+from balloon_cli import report
+from balloon_cli.machine import memory_room
+from balloon_cli.migrate import MigrateOptions, Progress, migrate_all
+from balloon_dev.profiles import SPEC
+from guest_driver.qemu import find_qemu
 from host_qemu_side.discard import punch_hole
+from host_qemu_side.linux_guest import ptrace_xstate
+from host_qemu_side.linux_guest.compiled import find_compiler
+from host_qemu_side.linux_guest.initramfs import find_busybox
+from host_qemu_side.linux_guest.kernel import find_kernel
+from host_qemu_side.migration import Cancelled, Limits
 from vring import bitmap
 from vring._vring import lib
 from vring.contents import populated
@@ -26,13 +39,40 @@ from vring.dirty import wp_async
 from vring.dirty.software import SoftwareDirtyLog
 from vring.errors import MissingFacility, VirtioError
 from vring.memory import GuestMemory
+from vring.packages import origin_of
 from vring.sizes import format_size
 
-__all__ = ["MISSING", "NOT_USABLE", "OK", "Finding", "examine", "print_findings"]
+__all__ = ["MISSING", "NOT_TRIED", "NOT_USABLE", "OK", "DoctorOptions", "Finding", "examine", "print_findings"]
 
-OK, MISSING, NOT_USABLE = "ok", "missing", "not usable"
-STYLES = {OK: "green", MISSING: "yellow", NOT_USABLE: "red"}
-PYTHON_GUEST = "Python guest"
+OK, MISSING, NOT_USABLE, NOT_TRIED = "ok", "missing", "not usable", "not tried"
+STYLES = {OK: "green", MISSING: "yellow", NOT_USABLE: "red", NOT_TRIED: "yellow"}
+PYTHON_GUEST, LINUX_GUEST, CACHESTAT = "Python guest", "Linux guest", "dirty log cachestat"
+LINUX_NEEDS = ("C compiler", "user-mode-linux", "busybox-static")
+TRIAL = MigrateOptions(
+    guest="python",
+    memory=32 << 20,
+    workload="churn",
+    hints="on",
+    to="spawn",
+    limits=Limits(),
+    free_at="done",
+    dirty_log="auto",
+    profile=SPEC,
+    seed=1,
+    warm_up=0.0,
+)
+LINUX_MEMORY = 128 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class DoctorOptions:
+    """What the command line asked for."""
+
+    work_dir: Path = Path("/var/tmp")
+    """Where the RAM files of Linux guests would lie."""
+    linux: str = ""
+    modules: str = ""
+    qemu: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +81,7 @@ class Finding:
 
     name: str
     state: str
-    """`OK`, `MISSING` or `NOT_USABLE`."""
+    """`OK`, `MISSING`, `NOT_USABLE` or `NOT_TRIED`."""
     detail: str
     """What was found, such as a version."""
     needed_for: str
@@ -66,19 +106,12 @@ def _output(*command: str) -> str:
     return done.stdout.strip().partition("\n")[0] if done.returncode == 0 else ""
 
 
-def _package(name: str) -> str:
-    version = _output("dpkg-query", "-W", "-f", "${Version}", name)
-    return f", package {name} {version}" if version else ""
-
-
 def _python() -> str:
     return f"{platform.python_implementation()} {platform.python_version()}, numpy {np.__version__}"
 
 
 def _compiler() -> str:
-    name = next((n for n in (os.environ.get("CC", ""), "cc", "gcc", "clang") if n and shutil.which(n)), None)
-    if name is None:
-        raise _Problem(MISSING, "no C compiler", "to build from source: apt install gcc libc6-dev")
+    name = find_compiler()
     return _output(name, "--version") or name
 
 
@@ -92,7 +125,7 @@ def _kernel() -> str:
     return f"Linux {release}"
 
 
-def _python_guest() -> str:
+def _shared_memory() -> str:
     """Try all that an embedded guest and its migration need of the system: cheap, and nothing is left behind."""
     try:
         os.close(os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC))
@@ -106,12 +139,61 @@ def _python_guest() -> str:
             if bitmap.pages_of(populated(memory)).tolist() != [16]:
                 raise _Problem(NOT_USABLE, "SEEK_DATA does not tell holes of a memfd", "use a newer kernel")
             punch_hole(memory.regions[0].fd, 1 << 16, 4096)
-        importlib.import_module("guest_driver.process")
-    except (OSError, ImportError, VirtioError) as error:
+    except (OSError, VirtioError) as error:
         raise _Problem(
             NOT_USABLE, str(error), "memfd, eventfd, unix sockets and hole punching must be allowed"
         ) from error
     return "memfd, eventfd, descriptor passing and hole punching work"
+
+
+def _migrated(options: MigrateOptions) -> tuple[dict[str, Any], str]:
+    """Migrate a small guest with hints; return the run, and what came of it in words."""
+    began = time.monotonic()
+    try:
+        result = migrate_all(options, Progress())
+    except Cancelled:
+        raise
+    except (OSError, VirtioError) as error:
+        raise _Problem(
+            NOT_USABLE, str(error), f"see the message; again with balloon migrate --guest {options.guest}"
+        ) from error
+    found = report.findings(result)
+    if found:
+        raise _Problem(NOT_USABLE, "; ".join(found), "report a bug")
+    run = result["runs"][0]
+    blocks = sum(hint_run["blocks"] for hint_run in run["hint_runs"])
+    took = time.monotonic() - began
+    return run, (
+        f"{format_size(options.memory)} booted and migrated in {took:.1f} s, {blocks} blocks hinted, "
+        f"{run['oracle']['pages_checked']:,} pages compared, none wrong"
+    )
+
+
+def _python_guest() -> str:
+    """Migrate one."""
+    _, words = _migrated(TRIAL)
+    return words
+
+
+def _linux_guest(options: DoctorOptions) -> str:
+    """Boot one, and migrate it into an image."""
+    with tempfile.TemporaryDirectory(prefix="balloon-doctor-", dir=options.work_dir) as folder:
+        run, words = _migrated(
+            replace(
+                TRIAL,
+                guest="linux",
+                memory=LINUX_MEMORY,
+                work_dir=folder,
+                linux=options.linux,
+                modules=options.modules,
+            )
+        )
+    if run["hints_refused"]:
+        raise _Problem(NOT_USABLE, f"{words}; but hints are refused: {run['hints_refused']}", "see dirty log cachestat")
+    linux = run["linux"]
+    if linux["xstate_completed"] is not None:
+        words += f"; {linux['xstate_completed']:,} writes of processor state completed for it"
+    return f"Linux {linux['release']}: {words}"
 
 
 def _software() -> str:
@@ -199,39 +281,30 @@ def _work_directory(folder: Path) -> str:
     return text
 
 
-def _user_mode_linux() -> str:
-    path = shutil.which("linux.uml")
-    if path is None:
-        raise _Problem(MISSING, "no linux.uml", "apt install user-mode-linux")
-    release = _output(path, "--version")
-    if not release:
-        raise _Problem(NOT_USABLE, f"{path} does not start", "apt install --reinstall user-mode-linux")
-    return f"kernel {release}{_package('user-mode-linux')}"
+def _user_mode_linux(options: DoctorOptions) -> str:
+    kernel = find_kernel(options.linux, options.modules)
+    text = f"Linux {kernel.release}, {kernel.path}, {kernel.origin()}"
+    if ptrace_xstate.host_takes_only_all():
+        text += "; this host takes processor state only whole (AMX), so ptrace_xstate.c is preloaded where needed"
+    return text
 
 
 def _busybox() -> str:
-    path = shutil.which("busybox")
-    if path is None:
-        raise _Problem(MISSING, "no busybox", "apt install busybox-static")
-    if b"/ld-linux" in Path(path).read_bytes():
-        raise _Problem(NOT_USABLE, f"{path} is linked dynamically", "apt install busybox-static")
-    return f"{path}, static{_package('busybox-static')}"
+    path = find_busybox()
+    return f"{path}, static, {origin_of(path)}"
 
 
-def _qemu() -> str:
-    path = shutil.which("qemu-system-x86_64")
-    if path is None:
-        raise _Problem(MISSING, "no qemu-system-x86_64", "apt install qemu-system-x86")
-    return _output(path, "--version") or path
+def _qemu(options: DoctorOptions) -> str:
+    found = [find_qemu(transport, options.qemu) for transport in ("mmio", "pci")]
+    return f"{found[0].version}, {' and '.join(sorted({binary.path for binary in found}))}"
 
 
 def _memory() -> str:
-    facts = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
-    total, free = (int(facts[name].split()[0]) << 10 for name in ("MemTotal", "MemAvailable"))
-    text = f"{format_size(free)} available of {format_size(total)}"
-    if free < 1 << 30:
+    room = memory_room()
+    text = f"{format_size(room.available)} available of {format_size(room.total)}, by {room.limit}"
+    if room.available < 1 << 30:
         raise _Problem(NOT_USABLE, text, "a migration of 1 GiB holds it twice: use --memory 256M or less")
-    return f"{text}: guests up to {format_size(free / 2.5)}"
+    return f"{text}: guests up to {format_size(room.available / 2.5)}"
 
 
 def _cores() -> str:
@@ -241,64 +314,86 @@ def _cores() -> str:
     return str(count)
 
 
-def examine(folder: Path | None = None) -> dict[str, Any]:
+def examine(options: DoctorOptions = DoctorOptions(), say: Callable[[str], None] = lambda text: None) -> dict[str, Any]:
     """Try everything.
 
     Parameters
     ----------
-    folder
-        Work directory, where the RAM files of Linux guests would lie; by default ``/var/tmp``.
+    options
+        Where Linux guests would lie, and which programs to take.
+    say
+        Told what is tried if it takes long.
 
     Returns
     -------
     dict
-        JSON values: ``usable`` (an embedded Python guest can be migrated with hints), ``linux_guest`` (so can a Linux
+        JSON values: ``usable`` (an embedded Python guest was migrated with hints), ``linux_guest`` (so was a Linux
         guest), and ``checks``, a list of `Finding` as objects.
+
+    Raises
+    ------
+    Cancelled
+        On Ctrl-C during a trial.
     """
-    where = folder or Path("/var/tmp")
-    linux = "--guest linux"
+    linux, work_dir = "--guest linux", options.work_dir
     checks: list[tuple[str, str, Callable[[], str]]] = [
         ("Python", "everything", _python),
         ("C compiler", "building", _compiler),
         ("kernel", "everything", _kernel),
         ("memory", "everything", _memory),
         ("cores", "everything", _cores),
-        (PYTHON_GUEST, "--guest python", _python_guest),
+        ("shared memory", "everything", _shared_memory),
         ("dirty log software", "--guest python", _software),
         ("dirty log wp-async", "--guest python", _wp_async),
         ("userfaultfd", "dirty log wp-async", _userfaultfd),
-        ("dirty log cachestat", f"{linux} with hints", lambda: _cachestat(where)),
-        ("work directory", linux, lambda: _work_directory(where)),
-        ("user-mode-linux", linux, _user_mode_linux),
+        (CACHESTAT, f"{linux} with hints", lambda: _cachestat(work_dir)),
+        ("work directory", linux, lambda: _work_directory(work_dir)),
+        ("user-mode-linux", linux, lambda: _user_mode_linux(options)),
         ("busybox-static", linux, _busybox),
-        ("qemu-system-x86", "tests against QEMU", _qemu),
+        ("qemu-system-x86", "tests against QEMU", lambda: _qemu(options)),
     ]
-    found = []
-    for name, needed_for, check in checks:
-        try:
-            found.append(Finding(name, OK, check(), needed_for))
-        except _Problem as problem:
-            found.append(Finding(name, problem.state, problem.detail, needed_for, problem.todo))
-        except (OSError, VirtioError) as error:
-            found.append(Finding(name, NOT_USABLE, str(error), needed_for, "see the message"))
+    found = [_find(*check) for check in checks]
+    say("a Python guest boots and is migrated")
+    found.append(_find(PYTHON_GUEST, "--guest python", _python_guest))
+    lacking = [f.name for f in found if f.name in LINUX_NEEDS and f.state != OK]
+    if lacking:
+        found.append(Finding(LINUX_GUEST, NOT_TRIED, f"no {', no '.join(lacking)}", linux, "see above"))
+    else:
+        say("a Linux guest boots and is migrated")
+        found.append(_find(LINUX_GUEST, linux, lambda: _linux_guest(options)))
     good = {f.name for f in found if f.state == OK}
-    usable = {PYTHON_GUEST, "Python", "kernel"} <= good and bool(good & {"dirty log software", "dirty log wp-async"})
     return {
         "schema_version": 1,
-        "usable": usable,
-        "linux_guest": usable and {"dirty log cachestat", "user-mode-linux", "busybox-static", "C compiler"} <= good,
+        "usable": PYTHON_GUEST in good,
+        "linux_guest": LINUX_GUEST in good,
         "checks": [asdict(f) for f in found],
     }
 
 
-def print_findings(report: dict[str, Any], console: Console) -> None:
+def _find(name: str, needed_for: str, check: Callable[[], str]) -> Finding:
+    """Make one check."""
+    try:
+        return Finding(name, OK, check(), needed_for)
+    except _Problem as problem:
+        return Finding(name, problem.state, problem.detail, needed_for, problem.todo)
+    except Cancelled:
+        raise
+    except MissingFacility as error:
+        detail, _, todo = str(error).partition(": apt install ")
+        return Finding(name, MISSING, detail, needed_for, f"apt install {todo}" if todo else "see the message")
+    except (OSError, VirtioError) as error:
+        return Finding(name, NOT_USABLE, str(error), needed_for, "see the message")
+
+
+def print_findings(found: dict[str, Any], console: Console) -> None:
     """Print what `examine` returned."""
-    for check in report["checks"]:
+    for check in found["checks"]:
         line = Text(f"{check['state']:<10}  ", STYLES[check["state"]]).append(f"{check['name']:<20}", "bold")
         line.append(check["detail"], "not bold default")
         if check["todo"]:
             line.append(f" -> {check['todo']} (for {check['needed_for']})", "not bold yellow")
         console.print(line, soft_wrap=True)
-    yes, no = "[green]yes[/]", "[red]no[/]"
-    console.print(f"\nmigrate a Python guest with hints: {yes if report['usable'] else no}")
-    console.print(f"migrate a Linux guest with hints: {yes if report['linux_guest'] else no}")
+    state = {check["name"]: check["state"] for check in found["checks"]}
+    words = {OK: "[green]yes[/], it was done", NOT_TRIED: "[yellow]not tried[/]"}
+    console.print(f"\nmigrate a Python guest with hints: {words.get(state[PYTHON_GUEST], '[red]no[/]')}")
+    console.print(f"migrate a Linux guest with hints: {words.get(state[LINUX_GUEST], '[red]no[/]')}")

@@ -31,7 +31,7 @@ Command = Callable[..., None]
 
 def _shared(hints: str) -> Callable[[Command], Command]:
     """Return a decorator with the options both commands have."""
-    choices = [
+    choices: list[Callable[[Command], Command]] = [
         click.option("--memory", type=SIZE, default="1G", show_default=True, help="RAM of the guest, 32M to 2G."),
         click.option("--workload", default="churn:20%@32M", show_default=True, help=f"What the guest does: {FORMS}"),
         click.option("--hints", type=click.Choice(["on", "off", "both"]), default=hints, show_default=True),

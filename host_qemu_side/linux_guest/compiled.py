@@ -59,9 +59,7 @@ def _own(path: Path) -> bytes | None:
     with open(fd, "rb") as stream:
         info = os.fstat(fd)
         if not stat.S_ISREG(info.st_mode) or info.st_uid not in (0, os.geteuid()) or info.st_mode & 0o022:
-            raise UsageError(
-                f"{path} may have been written by another user, so it is not used: remove it, or name another work folder"
-            )
+            raise UsageError(f"{path} may be another user's, so it is not used: remove it, or name another work folder")
         return stream.read()
 
 

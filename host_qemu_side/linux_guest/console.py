@@ -144,7 +144,7 @@ class Console:
             self._from = 0
 
     def last_words(self) -> str:
-        """Return, on one line, what decides: of a panic what came before it, else the end; and all that tells of failure.
+        """Return, on one line, the end (of a kernel that panicked: until the panic) and what told of failure before.
 
         A panic often says only that the first program ended; why stands before it, sometimes far before it.
         """

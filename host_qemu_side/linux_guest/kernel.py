@@ -125,4 +125,6 @@ def _find_module(places: Sequence[Path], release: str, *, exact: bool) -> Path:
             for packed in sorted(folder.glob(f"{_MODULE}.*")):
                 raise MissingFacility(f"{packed} is compressed, which the guest's insmod cannot read: decompress it")
     where = " or ".join(str(place) for place in places)
-    raise MissingFacility(f"no {_MODULE.name} of Linux {release} under {where}: apt install {PACKAGE}, or name its folder")
+    raise MissingFacility(
+        f"no {_MODULE.name} of Linux {release} under {where}: apt install {PACKAGE}, or name its folder"
+    )

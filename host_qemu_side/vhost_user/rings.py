@@ -103,8 +103,8 @@ class Rings:
     def largest(self, index: int) -> int:
         """Return how many entries a ring may have.
 
-        A queue the device could have but has not may be set up, too: a front end goes by GET_QUEUE_NUM, not by features.
-        It rests as long as nothing comes on it.
+        A queue the device could have but has not may be set up, too: a front end goes by GET_QUEUE_NUM, not by
+        features. Nothing is expected on it.
         """
         sizes = self._device.queue_sizes
         return sizes[index] if index < len(sizes) else max(sizes)
