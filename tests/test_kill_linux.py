@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from linux_pair import BUILT
 from test_kill_program import MARKER, PROGRAM, marked
 
 from host_qemu_side.linux_guest import initramfs
@@ -132,7 +133,7 @@ def runs(request: pytest.FixtureRequest) -> Iterator[dict[tuple[str, str], Futur
 def test_whatever_dies_around_linux(case: tuple[str, str], runs: dict[tuple[str, str], Future[Ended]]) -> None:
     ended, (code, says) = runs[case].result(), CASES[case]
     assert ended.processes == [], "processes left"
-    assert [name for name in ended.files if not name.startswith(("guest_tool-", "initramfs-"))] == [], "files left"
+    assert [name for name in ended.files if not name.startswith(BUILT)] == [], "files left"
     assert "Traceback" not in ended.err
     assert ended.code == code, ended.err
     if says:

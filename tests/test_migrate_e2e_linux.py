@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from linux_pair import BUILT
 
 from host_qemu_side.linux_guest import initramfs
 from vring.errors import MissingFacility
@@ -39,7 +40,7 @@ def migrate(folder: Path, *arguments: str) -> tuple[dict[str, Any], str]:
     command = [*LINUX, "--work-dir", str(folder), *arguments]
     done = subprocess.run(command, capture_output=True, text=True, timeout=150)
     assert done.returncode == 0, done.stderr
-    assert [p.name for p in folder.iterdir() if not p.name.startswith(("guest_tool-", "initramfs-"))] == []
+    assert [p.name for p in folder.iterdir() if not p.name.startswith(BUILT)] == []
     return json.loads(done.stdout), done.stderr
 
 

@@ -51,16 +51,19 @@ def _own(path: Path) -> bytes | None:
         If it is somebody else's, or everybody's.
     """
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     except FileNotFoundError:
         return None
     except OSError as error:
         raise UsageError(f"{path} cannot be read ({error.strerror}): remove it, or name another work folder") from error
-    with open(fd, "rb") as stream:
+    try:
         info = os.fstat(fd)
         if not stat.S_ISREG(info.st_mode) or info.st_uid not in (0, os.geteuid()) or info.st_mode & 0o022:
             raise UsageError(f"{path} may be another user's, so it is not used: remove it, or name another work folder")
-        return stream.read()
+        with open(fd, "rb", closefd=False) as stream:
+            return stream.read()
+    finally:
+        os.close(fd)
 
 
 def compiled(source: Path, flags: list[str], cache: Path) -> bytes:

@@ -1,0 +1,99 @@
+"""How much memory this process can have: what the machine has left, and the limits that are closer.
+
+Reads ``/proc`` and the control groups named there; starts nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import resource
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+__all__ = ["MemoryRoom", "memory_room"]
+
+UNLIMITED = 1 << 60
+"""What version 1 writes for "no limit" is a little less than 2 to the 63."""
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryRoom:
+    """Memory that can be had."""
+
+    available: int
+    """Bytes this process and its children can still take."""
+    total: int
+    """Bytes of what is named in `limit`, taken or not."""
+    limit: str
+    """What sets the bound, such as ``this machine`` or ``control group /user.slice``."""
+
+
+def memory_room(proc: Path = Path("/proc")) -> MemoryRoom:
+    """Return the closest bound: of the machine, of each control group above this process, of its address space.
+
+    Parameters
+    ----------
+    proc
+        Where the process file system is.
+    """
+    facts = dict(line.split(":", 1) for line in (proc / "meminfo").read_text().splitlines())
+    total, available = (int(facts[name].split()[0]) << 10 for name in ("MemTotal", "MemAvailable"))
+    found = [MemoryRoom(available, total, "this machine"), *_groups(proc)]
+    soft, _ = resource.getrlimit(resource.RLIMIT_AS)
+    if soft != resource.RLIM_INFINITY:
+        taken = int((proc / "self/statm").read_text().split()[0]) * resource.getpagesize()
+        found.append(MemoryRoom(max(0, soft - taken), soft, "the limit of address space (ulimit -v)"))
+    return min(found, key=lambda room: room.available)
+
+
+def _groups(proc: Path) -> Iterator[MemoryRoom]:
+    """Return the bound of each control group that this process is in, of version 1 or 2, up to the root."""
+    memberships: dict[str, str] = {}
+    with contextlib.suppress(OSError):
+        for line in (proc / "self/cgroup").read_text().splitlines():
+            _, controllers, path = line.split(":", 2)
+            if not controllers or "memory" in controllers.split(","):
+                memberships["cgroup" if controllers else "cgroup2"] = path
+    for kind, mounted, root in _mounts(proc):
+        if kind not in memberships:
+            continue
+        path = memberships[kind]
+        # In a container the mount shows a part of the tree, whose root the process's own path begins with.
+        inside = path[len(root) :] if root != "/" and path.startswith(root) else path
+        folder = mounted / inside.lstrip("/")
+        while folder.is_relative_to(mounted):
+            with contextlib.suppress(OSError, ValueError, KeyError):
+                room = (_version_1 if kind == "cgroup" else _version_2)(folder)
+                if room is not None:
+                    name = f"/{folder.relative_to(mounted)}".replace("/.", "/")
+                    yield MemoryRoom(max(0, room[0]), room[1], f"control group {name}")
+            folder = folder.parent
+
+
+def _mounts(proc: Path) -> Iterator[tuple[str, Path, str]]:
+    """Return kind, place and root of the mounted trees of control groups that count memory."""
+    for line in (proc / "self/mountinfo").read_text().splitlines():
+        before, _, after = line.partition(" - ")
+        kind, _, options = after.split()[:3]
+        if kind == "cgroup2" or (kind == "cgroup" and "memory" in options.split(",")):
+            root, mounted = before.split()[3:5]
+            yield kind, Path(mounted.encode().decode("unicode_escape")), root
+
+
+def _numbers(path: Path) -> dict[str, int]:
+    return {name: int(value) for name, value in (line.split() for line in path.read_text().splitlines())}
+
+
+def _version_1(folder: Path) -> tuple[int, int] | None:
+    limit = int((folder / "memory.limit_in_bytes").read_text())
+    taken = int((folder / "memory.usage_in_bytes").read_text())
+    cache = _numbers(folder / "memory.stat")["total_inactive_file"]
+    return None if limit >= UNLIMITED else (limit - taken + cache, limit)
+
+
+def _version_2(folder: Path) -> tuple[int, int] | None:
+    text = (folder / "memory.max").read_text().strip()
+    taken = int((folder / "memory.current").read_text())
+    cache = _numbers(folder / "memory.stat")["inactive_file"]  # given back when memory is wanted
+    return None if text == "max" else (int(text) - taken + cache, int(text))
