@@ -90,6 +90,9 @@ def main(arguments: list[str] | None = None) -> int:
         if not (args.control_fd >= 0 and isinstance(error, PeerVanished)):  # the host knows that it is gone
             print(f"guest: {error}", file=sys.stderr)
         return next((code for kind, code in EXIT.items() if isinstance(error, kind)), 1)
+    except OSError as error:  # what the system refuses: memory, descriptors
+        print(f"guest: {error}", file=sys.stderr)
+        return 1
     finally:
         if guest is not None:
             guest.close()

@@ -22,10 +22,11 @@ RINGS = 0x10000
 class Front:
     """Speaks as a front end, one message at a time."""
 
-    def __init__(self) -> None:
+    def __init__(self, features: int = FEATURES) -> None:
+        self.features = features
         self.memory = GuestMemory.create(((0, 1 << 20),))
         self.loop = Loop()
-        self.device = BalloonDevice(FEATURES, profile=LINUX)
+        self.device = BalloonDevice(features, profile=LINUX)
         self.backend = VhostUserBackend(self.device, self.loop)
         self.socket, theirs = socket.socketpair()
         self.backend.serve(theirs)
@@ -34,14 +35,14 @@ class Front:
         socket.send_fds(self.socket, [vu.pack_message(request, payload)], list(fds))
         self.loop.run_once(1.0)
 
-    def probe(self, rings: int, extra: int = 0) -> None:
-        """What the driver says when it is loaded."""
-        self.say(Request.SET_FEATURES, vu.pack_u64(FEATURES | extra))
+    def probe(self, at: int, extra: int = 0, *, rings: int = 3) -> None:
+        """What the driver says when it is loaded: the rings are 16 KiB apart from that address on."""
+        self.say(Request.SET_FEATURES, vu.pack_u64(self.features | extra))
         region = self.memory.regions[0]
         table = vu.MemoryRegion.pack_table([vu.MemoryRegion(0, region.size, USER, 0)])
         self.say(Request.SET_MEM_TABLE, table, (region.fd,))
-        for index in range(3):
-            base = USER + rings + index * 0x4000
+        for index in range(rings):
+            base = USER + at + index * 0x4000
             self.say(Request.SET_VRING_NUM, vu.VringState(index, 256).pack())
             self.say(Request.SET_VRING_BASE, vu.VringState(index, 0).pack())
             self.say(

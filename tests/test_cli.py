@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import signal
 import socket
@@ -337,43 +336,3 @@ def test_no_destination_is_exit_code_5_and_the_guest_goes_on(tmp_path: Path) -> 
     assert done.returncode == 5
     assert "start `balloon receive" in done.stderr
     assert "guest goes on" in done.stderr
-
-
-# -- doctor -----------------------------------------------------------------------------------------------------------
-
-
-def test_doctor(tmp_path: Path) -> None:
-    done = run("doctor", "--json", "--work-dir", str(tmp_path))
-    report = json.loads(done.stdout)
-    has_schema(report, {"schema_version": int, "usable": bool, "linux_guest": bool, "checks": list})
-    assert report["usable"]
-    assert done.returncode == 0
-    names = set()
-    for check in report["checks"]:
-        has_schema(check, {"name": str, "state": str, "detail": str, "needed_for": str, "todo": str})
-        assert check["state"] in ("ok", "missing", "not usable")
-        assert (check["state"] == "ok") == (not check["todo"]), check
-        names.add(check["name"])
-    for name in ("wp-async", "software", "cachestat"):
-        assert f"dirty log {name}" in names
-    for name in ("Python", "C compiler", "kernel", "userfaultfd", "user-mode-linux", "busybox-static", "memory"):
-        assert name in names
-    lines = run("doctor", "--work-dir", str(tmp_path)).stdout.splitlines()
-    assert len([line for line in lines if line.startswith(("ok ", "missing ", "not usable "))]) == len(names)
-
-
-def test_doctor_says_what_is_missing_and_exits_with_3(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PATH", str(tmp_path))
-    shown = CliRunner().invoke(cli, ["doctor", "--work-dir", str(tmp_path)])
-    assert shown.exit_code == 0
-    assert "apt install user-mode-linux" in shown.output
-    assert "apt install qemu-system-x86" in shown.output
-    assert "migrate a Linux guest with hints: no" in shown.output
-
-    def refuse(*arguments: Any) -> int:
-        raise OSError(1, "Operation not permitted")
-
-    monkeypatch.setattr(os, "memfd_create", refuse)
-    shown = CliRunner().invoke(cli, ["doctor", "--json"])
-    assert shown.exit_code == 3
-    assert not json.loads(shown.output)["usable"]

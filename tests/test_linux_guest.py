@@ -159,9 +159,9 @@ def test_console_tells_answers_from_noise() -> None:
     ("said", "told"),
     [
         (
-            'Linux version 6.1.176\nCouldn\'t stat "/nope" : err = 2\nFailed to initialize ubd device 0 :x\nBtrfs loaded\n'
+            'Linux version 6.1.176\nCouldn\'t stat "/nope" : err = 2\nFailed to initialize ubd device 0 :x\nBtrfs\n'
             "registered\n\nRun /init as init process\nuserspace - ptrace set fp regs failed, errno = 14\n"
-            "Kernel panic - not syncing: Attempted to kill init! exitcode=0x0000000b\nCPU: 0 PID: 1 Comm: init\nStack:\n"
+            "Kernel panic - not syncing: Attempted to kill init! exitcode=0x0000000b\nCPU: 0 PID: 1 Comm: x\nStack:\n"
             " 606944ba 607e7fcd 60c33b90 6067bb96\nCall Trace:\n [<606944ba>] ? _printk+0x0/0x94\n"
             " [<6002d37a>] show_stack+0x184/0x193\n",
             'Couldn\'t stat "/nope" : err = 2 | registered | Run /init as init process | '
@@ -412,9 +412,12 @@ def test_a_panic_is_told_with_the_guests_last_words(fresh: LinuxGuest) -> None:
 
 @uml
 def test_a_boot_that_fails_is_told_with_what_decided(tmp_path: Path, cache: Path) -> None:
-    with LinuxGuest(128 * MIB, tmp_path / "work", cache=cache, kernel_args=["initrd=/nope"]) as guest:
-        with pytest.raises(PeerVanished, match=r"gone during boot: .*/nope.*Kernel panic") as caught:
-            guest.wait_ready(60.0)
+    says = r"gone during boot: .*/nope.*Kernel panic"
+    with (
+        LinuxGuest(128 * MIB, tmp_path / "work", cache=cache, kernel_args=["initrd=/nope"]) as guest,
+        pytest.raises(PeerVanished, match=says) as caught,
+    ):
+        guest.wait_ready(60.0)
     assert "[<" not in str(caught.value)
 
 
