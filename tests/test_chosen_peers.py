@@ -51,6 +51,9 @@ def test_origin_of_a_packaged_file_and_of_a_copy_of_it(tmp_path: Path) -> None:
     copy = Path(shutil.copy("/usr/bin/dpkg", tmp_path / "dpkg"))
     assert origin_of(copy) == Origin("", None)
     assert str(origin_of(copy)) == "of no Debian package"
+    assert origin_of("/usr/bin/dpkg", "/usr/bin/dpkg-query") == origin
+    for other in (copy, "/bin/sh"):  # of none, and of another package
+        assert origin_of("/usr/bin/dpkg", other) == Origin("", None)
 
 
 def test_origin_is_of_that_very_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

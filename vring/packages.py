@@ -16,10 +16,10 @@ __all__ = ["Origin", "origin_of"]
 
 @dataclass(frozen=True, slots=True)
 class Origin:
-    """Where a file comes from."""
+    """Where files come from."""
 
     package: str
-    """Name and version of the Debian package that has this very file, empty if none has."""
+    """Name and version of the Debian package that has these very files, empty if none has."""
     clean: bool | None
     """Whether ``dpkg -V`` found every file of that package as shipped; None without a package."""
     problems: tuple[str, ...] = ()
@@ -48,22 +48,8 @@ def _dpkg(program: str, *arguments: str) -> tuple[int, str]:
     return done.returncode, (done.stdout + done.stderr).strip()
 
 
-def origin_of(path: str | os.PathLike[str]) -> Origin:
-    """Ask dpkg which package has the file behind `path`, and whether that package is as it was shipped.
-
-    Parameters
-    ----------
-    path
-        Of a file; links are followed.
-
-    Returns
-    -------
-    Origin
-        Without a package if dpkg knows none for that file, or there is no dpkg.
-    """
-    none = Origin("", None)
-    if shutil.which("dpkg") is None:
-        return none
+def _package_of(path: str | os.PathLike[str]) -> str:
+    """Return the name of the package that has the file behind `path`, empty if none has."""
     real = Path(os.path.realpath(path))
     names = [real]
     if real.parts[:2] == ("/", "usr"):  # packages from before /bin and /lib were merged into /usr name them so
@@ -72,11 +58,30 @@ def origin_of(path: str | os.PathLike[str]) -> Origin:
         _, listed = _dpkg("dpkg-query", "-S", str(name))
         for line in listed.splitlines():
             owner, _, which = line.rpartition(": ")
-            if which != str(name) or owner.startswith("diversion by"):
-                continue  # the argument is a pattern, which may find other files
-            package = owner.split(", ")[0].partition(":")[0]
-            _, version = _dpkg("dpkg-query", "-W", "-f", "${Version}\\n", package)
-            code, said = _dpkg("dpkg", "-V", package)
-            problems = tuple(said.splitlines())
-            return Origin(f"{package} {version.partition(chr(10))[0]}", code == 0 and not problems, problems)
-    return none
+            # The argument is a pattern, which may find other files; and diversions are listed as well.
+            if which == str(name) and not owner.startswith("diversion by"):
+                return owner.split(", ")[0].partition(":")[0]
+    return ""
+
+
+def origin_of(*paths: str | os.PathLike[str]) -> Origin:
+    """Ask dpkg which package has the files behind `paths`, and whether that package is as it was shipped.
+
+    Parameters
+    ----------
+    *paths
+        Of files; links are followed.
+
+    Returns
+    -------
+    Origin
+        Without a package if dpkg knows none for one of them, if it is not the same for all, or if there is no dpkg.
+    """
+    packages = {_package_of(path) for path in paths} if shutil.which("dpkg") else {""}
+    package = packages.pop()
+    if not package or packages:
+        return Origin("", None)
+    _, version = _dpkg("dpkg-query", "-W", "-f", "${Version}\\n", package)
+    code, said = _dpkg("dpkg", "-V", package)
+    problems = tuple(said.splitlines())
+    return Origin(f"{package} {version.partition(chr(10))[0]}", code == 0 and not problems, problems)

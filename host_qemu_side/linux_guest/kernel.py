@@ -39,9 +39,8 @@ class GuestKernel:
     """Kernel release, as the program says it and ``uname -r`` in the guest."""
 
     def origin(self) -> Origin:
-        """Return the package that both program and module come from; none if they do not come from the same."""
-        program, module = origin_of(self.path), origin_of(self.module)
-        return program if program.package == module.package else Origin("", None)
+        """Return where program and module come from: without a package if it is not the same for both."""
+        return origin_of(self.path, self.module)
 
 
 def find_kernel(

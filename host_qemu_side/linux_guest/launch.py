@@ -143,6 +143,8 @@ class LinuxGuest:
                 f"{self.workdir} has {room.f_bavail * room.f_frsize >> 20} MiB free, the guest's RAM file may need "
                 f"{self.memory_bytes >> 20} MiB: free some, or give another work folder"
             )
+        if self._complete_xstate:
+            self._xstate = PtraceXstate(self._cache)
         ram = Path(tempfile.mkdtemp(prefix="uml-", dir=self.workdir))
         self._folders = [ram]
         control_dir = ram
@@ -157,8 +159,7 @@ class LinuxGuest:
         argv += self._kernel_args
         environment = {"TMPDIR": str(ram), "PATH": "/usr/bin:/bin"}
         inherited: tuple[int, ...] = ()
-        if self._complete_xstate:
-            self._xstate = PtraceXstate(self._cache)
+        if self._xstate is not None:
             environment |= self._xstate.environment
             inherited = self._xstate.fds
         spec = {
