@@ -69,6 +69,7 @@ def written(preload: PtraceXstate | None) -> list[str]:
     return words
 
 
+@uml
 def test_a_short_write_is_completed(tmp_path: Path) -> None:
     """The host refuses it; with the library it takes effect, and what was missing is in its initial state."""
     assert written(None) == ["0", "A" * 16, "B" * 16, str(errno.EFAULT), "A" * 16, "B" * 16]
@@ -81,6 +82,7 @@ def test_a_short_write_is_completed(tmp_path: Path) -> None:
     preload.close()
 
 
+@uml
 def test_what_the_host_accepts_is_tried() -> None:
     program = [sys.executable, "-I", "-S", str(HERE / "xstate_probe.py")]
     sizes = {}
