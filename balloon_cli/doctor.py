@@ -9,7 +9,6 @@ import importlib
 import os
 import platform
 import socket
-import subprocess
 import tempfile
 import time
 from collections.abc import Callable
@@ -39,7 +38,7 @@ from vring.dirty import wp_async
 from vring.dirty.software import SoftwareDirtyLog
 from vring.errors import MissingFacility, VirtioError
 from vring.memory import GuestMemory
-from vring.packages import origin_of
+from vring.programs import origin_of, version_of
 from vring.sizes import format_size
 
 __all__ = ["MISSING", "NOT_TRIED", "NOT_USABLE", "OK", "DoctorOptions", "Finding", "examine", "print_findings"]
@@ -97,22 +96,12 @@ class _Problem(Exception):
         self.state, self.detail, self.todo = state, detail, todo
 
 
-def _output(*command: str) -> str:
-    """Return the first line a program prints, nothing if it fails."""
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=10, stdin=subprocess.DEVNULL)
-    except (OSError, subprocess.SubprocessError):
-        return ""
-    return done.stdout.strip().partition("\n")[0] if done.returncode == 0 else ""
-
-
 def _python() -> str:
     return f"{platform.python_implementation()} {platform.python_version()}, numpy {np.__version__}"
 
 
 def _compiler() -> str:
-    name = find_compiler()
-    return _output(name, "--version") or name
+    return version_of(find_compiler())
 
 
 def _kernel() -> str:

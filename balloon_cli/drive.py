@@ -20,7 +20,7 @@ from guest_driver.qemu.migration import MigrationStopped, hinted_pages
 from host_qemu_side.migration import Cancelled
 from vring import bitmap
 from vring.contents import digests_of
-from vring.packages import Origin
+from vring.programs import Origin
 from vring.sizes import format_size
 
 __all__ = ["DriveOptions", "drive_all", "drive_findings", "drive_one", "drive_summary"]

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from vring.packages import Origin
+from vring.programs import Origin
 from vring.sizes import format_size
 
 __all__ = ["findings", "print_migration", "print_reception", "resumed_findings"]

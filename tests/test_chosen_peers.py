@@ -13,7 +13,7 @@ from guest_driver.qemu import QemuMachine, QemuOptions, find_qemu
 from guest_driver.qemu.package import BINARIES, QEMU_ENVIRONMENT
 from host_qemu_side.linux_guest.kernel import KERNEL_ENVIRONMENT, MODULES_ENVIRONMENT, GuestKernel, find_kernel
 from vring.errors import MissingFacility, UsageError
-from vring.packages import Origin, origin_of
+from vring.programs import Origin, origin_of
 
 MODULE = "kernel/drivers/virtio/virtio_balloon.ko"
 

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import os
 import shutil
-import subprocess
 from dataclasses import asdict, dataclass
 from functools import cache
 from typing import Any
 
 from vring.errors import MissingFacility, UsageError
-from vring.packages import origin_of
+from vring.programs import origin_of, version_of
 
 __all__ = ["BINARIES", "QEMU_ENVIRONMENT", "QemuBinary", "find_qemu"]
 
@@ -37,29 +36,6 @@ class QemuBinary:
     def as_dict(self) -> dict[str, Any]:
         """Return JSON values."""
         return asdict(self)
-
-
-def _version(path: str) -> str:
-    """Return the first line of what a program says of itself."""
-    try:
-        done = subprocess.run(
-            [path, "--version"],
-            capture_output=True,
-            text=True,
-            errors="replace",
-            stdin=subprocess.DEVNULL,
-            check=False,
-            timeout=60,
-        )
-    except (OSError, subprocess.SubprocessError) as error:
-        why = getattr(error, "strerror", None) or "it does not end"
-        raise MissingFacility(f"{path} does not start: {why}") from error
-    words = (done.stdout.strip() or done.stderr.strip()).splitlines() or [f"exit code {done.returncode}"]
-    if done.returncode != 0:
-        raise MissingFacility(f"{path} does not start: {words[0][:300]}")
-    if "QEMU" not in words[0]:
-        raise MissingFacility(f"{path} is not QEMU: --version says {words[0][:100]!r}")
-    return words[0]
 
 
 def find_qemu(transport: str, qemu: str = "") -> QemuBinary:
@@ -93,5 +69,7 @@ def find_qemu(transport: str, qemu: str = "") -> QemuBinary:
 
 @cache
 def _examined(path: str) -> QemuBinary:
-    version, origin = _version(path), origin_of(path)
+    version, origin = version_of(path), origin_of(path)
+    if "QEMU" not in version:
+        raise MissingFacility(f"{path} is not QEMU: --version says {version[:100]!r}")
     return QemuBinary(path, version, origin.package, origin.clean)

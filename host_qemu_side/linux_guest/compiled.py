@@ -18,7 +18,7 @@ _WARNINGS = ["-std=c11", "-O2", "-Wall", "-Wextra"]
 
 
 def find_compiler() -> str:
-    """Return the C compiler: what ``CC`` in the environment names, else gcc, cc or clang.
+    """Return the path of the C compiler: what ``CC`` in the environment names, else gcc, cc or clang.
 
     Raises
     ------
@@ -26,8 +26,8 @@ def find_compiler() -> str:
         If there is none.
     """
     for name in (os.environ.get("CC", ""), "gcc", "cc", "clang"):
-        if name and shutil.which(name):
-            return name
+        if name and (found := shutil.which(name)):
+            return found
     raise MissingFacility("no C compiler on this machine: apt install gcc libc6-dev")
 
 

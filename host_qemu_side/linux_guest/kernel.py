@@ -8,13 +8,12 @@ from __future__ import annotations
 import os
 import re
 import shutil
-import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from vring.errors import MissingFacility, UsageError
-from vring.packages import Origin, origin_of
+from vring.programs import Origin, origin_of, version_of
 
 __all__ = ["KERNEL_ENVIRONMENT", "MODULES_ENVIRONMENT", "PACKAGE", "GuestKernel", "find_kernel"]
 
@@ -65,7 +64,9 @@ def find_kernel(
     """
     named = os.fspath(linux or os.environ.get(KERNEL_ENVIRONMENT, ""))
     path = _named_program(named) if named else _installed_program()
-    release = _release(path)
+    release = version_of(path)
+    if not _RELEASE.fullmatch(release):
+        raise MissingFacility(f"{path} is not User-Mode Linux: --version says {release[:100]!r}")
     folder = os.fspath(modules or os.environ.get(MODULES_ENVIRONMENT, ""))
     if folder:
         if not os.path.isdir(folder):
@@ -91,28 +92,6 @@ def _installed_program() -> Path:
     if found is None:
         raise MissingFacility(f"no linux.uml on this machine: apt install {PACKAGE}")
     return Path(found).absolute()
-
-
-def _release(path: Path) -> str:
-    """Return what the program says of itself."""
-    try:
-        done = subprocess.run(
-            [str(path), "--version"],
-            capture_output=True,
-            text=True,
-            errors="replace",
-            stdin=subprocess.DEVNULL,
-            timeout=10,
-        )
-    except (OSError, subprocess.SubprocessError) as error:
-        why = getattr(error, "strerror", None) or "it does not end"
-        raise MissingFacility(f"{path} does not start: {why}") from error
-    words = (done.stdout.strip() or done.stderr.strip()).splitlines() or [f"exit code {done.returncode}"]
-    if done.returncode != 0:
-        raise MissingFacility(f"{path} does not start: {words[0][:300]}")
-    if not _RELEASE.fullmatch(words[0]):
-        raise MissingFacility(f"{path} is not User-Mode Linux: --version says {words[0][:100]!r}")
-    return words[0]
 
 
 def _find_module(places: Sequence[Path], release: str, *, exact: bool) -> Path:

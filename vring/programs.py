@@ -1,6 +1,6 @@
-"""Which Debian package a program on this machine comes from, and whether it is as shipped.
+"""Programs that somebody else built: what they say of themselves, and which Debian package they come from.
 
-Both sides have a peer that somebody else built (a guest kernel, a QEMU), and say of each result which one it was.
+Both sides have such a peer (a guest kernel, a QEMU), and say of each result which one it was.
 """
 
 from __future__ import annotations
@@ -11,7 +11,43 @@ import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["Origin", "origin_of"]
+from vring.errors import MissingFacility
+
+__all__ = ["Origin", "origin_of", "version_of"]
+
+VERSION_TIMEOUT = 10.0
+
+
+def version_of(path: str | os.PathLike[str]) -> str:
+    """Return the first line that a program prints when it is asked for its version.
+
+    Parameters
+    ----------
+    path
+        Of the program, with its folder.
+
+    Raises
+    ------
+    MissingFacility
+        If it does not start, fails or does not end; the message has what it said.
+    """
+    try:
+        done = subprocess.run(
+            [os.fspath(path), "--version"],
+            capture_output=True,
+            text=True,
+            errors="replace",
+            stdin=subprocess.DEVNULL,
+            timeout=VERSION_TIMEOUT,
+        )
+    except subprocess.TimeoutExpired as error:
+        raise MissingFacility(f"{path} --version does not end") from error
+    except OSError as error:
+        raise MissingFacility(f"{path} does not start: {error.strerror}") from error
+    words = (done.stdout.strip() or done.stderr.strip()).splitlines() or [f"exit code {done.returncode}"]
+    if done.returncode != 0:
+        raise MissingFacility(f"{path} does not start: {words[0][:300]}")
+    return words[0]
 
 
 @dataclass(frozen=True, slots=True)
