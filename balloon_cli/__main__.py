@@ -20,6 +20,16 @@ def _interrupted(number: int = signal.SIGINT, frame: FrameType | None = None) ->
 
 def main(arguments: list[str] | None = None) -> None:
     """Run a command and exit; see `balloon_cli.errors` for the exit codes."""
+    for fd in range(3):
+        # Whoever closed one of them means silence; left closed, the next descriptor opened, here or in a program that
+        # is started, would take its place.
+        try:
+            os.fstat(fd)
+        except OSError:
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
+            # print(file=None), as with no standard error, would print to standard output.
+            name = ("stdin", "stdout", "stderr")[fd]
+            setattr(sys, name, open(fd, "w" if fd else "r", closefd=False))  # noqa: SIM115
     try:
         # No KeyboardInterrupt while modules load: one raised in a callback of the import system would be ignored there.
         usual = signal.getsignal(signal.SIGINT) is signal.default_int_handler

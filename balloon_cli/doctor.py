@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.text import Text
 
 from balloon_cli import report
-from balloon_cli.machine import memory_room
+from balloon_cli.machine import memory_room, unescaped
 from balloon_cli.migrate import MigrateOptions, Progress, migrate_all
 from balloon_dev.profiles import SPEC
 from guest_driver.qemu import find_qemu
@@ -36,7 +36,7 @@ from vring._vring import lib
 from vring.contents import populated
 from vring.dirty import wp_async
 from vring.dirty.software import SoftwareDirtyLog
-from vring.errors import MissingFacility, VirtioError
+from vring.errors import MissingFacility, UsageError, VirtioError
 from vring.memory import GuestMemory
 from vring.programs import origin_of, version_of
 from vring.sizes import format_size
@@ -101,7 +101,7 @@ def _python() -> str:
 
 
 def _compiler() -> str:
-    return version_of(find_compiler())
+    return version_of(find_compiler()[0])
 
 
 def _kernel() -> str:
@@ -209,6 +209,8 @@ def _wp_async() -> str:
 def _cachestat(folder: Path) -> str:
     """Let the log try itself on a file in the work directory."""
     todo = "Linux 6.5 or newer, and a work directory on ext4 or xfs"
+    if not folder.is_dir():
+        raise _Problem(MISSING, f"{folder} is no folder", "name a folder that exists with --work-dir")
     try:
         module = importlib.import_module("vring.dirty.cachestat")
     except ImportError as error:
@@ -249,7 +251,7 @@ def file_system(path: Path) -> str:
     target = os.path.realpath(path)
     for line in Path("/proc/self/mountinfo").read_text().splitlines():
         before, _, after = line.partition(" - ")
-        mount = before.split()[4].encode().decode("unicode_escape")
+        mount = unescaped(before.split()[4])
         inside = target == mount or target.startswith(mount.rstrip("/") + "/")
         if inside and len(mount) >= len(best):
             best, kind = mount, after.split()[0]
@@ -369,7 +371,11 @@ def _find(name: str, needed_for: str, check: Callable[[], str]) -> Finding:
         raise
     except MissingFacility as error:
         detail, _, todo = str(error).partition(": apt install ")
-        return Finding(name, MISSING, detail, needed_for, f"apt install {todo}" if todo else "see the message")
+        if todo:
+            return Finding(name, MISSING, detail, needed_for, f"apt install {todo}")
+        return Finding(name, NOT_USABLE, detail, needed_for, "see the message")
+    except UsageError as error:  # what was named is not there
+        return Finding(name, MISSING, str(error), needed_for, "name another")
     except (OSError, VirtioError) as error:
         return Finding(name, NOT_USABLE, str(error), needed_for, "see the message")
 

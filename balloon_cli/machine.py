@@ -6,12 +6,13 @@ Reads ``/proc`` and the control groups named there; starts nothing.
 from __future__ import annotations
 
 import contextlib
+import re
 import resource
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["MemoryRoom", "memory_room"]
+__all__ = ["MemoryRoom", "memory_room", "unescaped"]
 
 UNLIMITED = 1 << 60
 """What version 1 writes for "no limit" is a little less than 2 to the 63."""
@@ -47,20 +48,23 @@ def memory_room(proc: Path = Path("/proc")) -> MemoryRoom:
     return min(found, key=lambda room: room.available)
 
 
+def unescaped(name: str) -> str:
+    """Return a name from a mount table, in which white space and backslashes stand as three octal digits."""
+    return re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), name)
+
+
 def _groups(proc: Path) -> Iterator[MemoryRoom]:
     """Return the bound of each control group that this process is in, of version 1 or 2, up to the root."""
     memberships: dict[str, str] = {}
-    with contextlib.suppress(OSError):
-        for line in (proc / "self/cgroup").read_text().splitlines():
-            _, controllers, path = line.split(":", 2)
-            if not controllers or "memory" in controllers.split(","):
-                memberships["cgroup" if controllers else "cgroup2"] = path
+    for fields in (line.split(":", 2) for line in _lines(proc / "self/cgroup")):
+        if len(fields) == 3 and (not fields[1] or "memory" in fields[1].split(",")):
+            memberships["cgroup" if fields[1] else "cgroup2"] = fields[2]
     for kind, mounted, root in _mounts(proc):
         if kind not in memberships:
             continue
         path = memberships[kind]
         # In a container the mount shows a part of the tree, whose root the process's own path begins with.
-        inside = path[len(root) :] if root != "/" and path.startswith(root) else path
+        inside = path[len(root) :] if root != "/" and f"{path}/".startswith(f"{root}/") else path
         folder = mounted / inside.lstrip("/")
         while folder.is_relative_to(mounted):
             with contextlib.suppress(OSError, ValueError, KeyError):
@@ -71,14 +75,20 @@ def _groups(proc: Path) -> Iterator[MemoryRoom]:
             folder = folder.parent
 
 
+def _lines(path: Path) -> list[str]:
+    with contextlib.suppress(OSError):
+        return path.read_text(errors="surrogateescape").splitlines()
+    return []
+
+
 def _mounts(proc: Path) -> Iterator[tuple[str, Path, str]]:
     """Return kind, place and root of the mounted trees of control groups that count memory."""
-    for line in (proc / "self/mountinfo").read_text().splitlines():
-        before, _, after = line.partition(" - ")
-        kind, _, options = after.split()[:3]
-        if kind == "cgroup2" or (kind == "cgroup" and "memory" in options.split(",")):
-            root, mounted = before.split()[3:5]
-            yield kind, Path(mounted.encode().decode("unicode_escape")), root
+    for line in _lines(proc / "self/mountinfo"):
+        before, _, after = (part.split() for part in line.partition(" - "))
+        if len(before) < 5 or len(after) < 3:
+            continue
+        if after[0] == "cgroup2" or (after[0] == "cgroup" and "memory" in after[2].split(",")):
+            yield after[0], Path(unescaped(before[4])), unescaped(before[3])
 
 
 def _numbers(path: Path) -> dict[str, int]:
@@ -93,7 +103,9 @@ def _version_1(folder: Path) -> tuple[int, int] | None:
 
 
 def _version_2(folder: Path) -> tuple[int, int] | None:
-    text = (folder / "memory.max").read_text().strip()
+    # Above "high" processes are slowed down until hardly anything goes on; "max" kills.
+    texts = [(folder / f"memory.{name}").read_text().strip() for name in ("max", "high")]
+    limits = [int(text) for text in texts if text != "max"]
     taken = int((folder / "memory.current").read_text())
     cache = _numbers(folder / "memory.stat")["inactive_file"]  # given back when memory is wanted
-    return None if text == "max" else (int(text) - taken + cache, int(text))
+    return (min(limits) - taken + cache, min(limits)) if limits else None

@@ -75,15 +75,18 @@ class Progress:
 
 @contextlib.contextmanager
 def stop_on_signal() -> Iterator[Callable[[], bool]]:
-    """Within the block the first Ctrl-C or SIGTERM asks to stop, and the second kills."""
+    """Within the block the first Ctrl-C, SIGTERM or closed terminal asks to stop, and the second kills."""
     asked: list[int] = []
+    # Whoever started this may have had SIGHUP ignored, as nohup does: so it stays.
+    hang_up = [] if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN else [signal.SIGHUP]
+    signals = (signal.SIGINT, signal.SIGTERM, *hang_up)
 
     def first(number: int, frame: object) -> None:
         asked.append(number)
-        for which in (signal.SIGINT, signal.SIGTERM):
+        for which in signals:
             signal.signal(which, signal.SIG_DFL)
 
-    old = {which: signal.signal(which, first) for which in (signal.SIGINT, signal.SIGTERM)}
+    old = {which: signal.signal(which, first) for which in signals}
     try:
         yield lambda: bool(asked)
     finally:

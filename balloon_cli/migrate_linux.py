@@ -21,7 +21,6 @@ from balloon_dev.profiles import LINUX
 from guest_driver.workloads import BuildSpec, ChurnSpec, WriterSpec, parse_workload
 from host_qemu_side.linux_guest import LinuxGuest
 from host_qemu_side.linux_guest.handle import LinuxGuestHandle
-from host_qemu_side.linux_guest.initramfs import build
 from host_qemu_side.linux_guest.kernel import find_kernel
 from host_qemu_side.migration import Migration
 from host_qemu_side.migration.output import FileOutput
@@ -125,12 +124,10 @@ def migrate_linux(
     with contextlib.ExitStack() as stack:
         end_on_signal = ticker(progress, stopped)
         host = stack.enter_context(SourceHost(profile=LINUX))
-        initramfs = build(folder, kernel)
         guest = LinuxGuest(
             options.memory,
             folder,
             host.socket_path,
-            initramfs=initramfs,
             kernel=kernel,
             remove=[os.path.dirname(host.socket_path)],
             watch=host.loop.filenos,

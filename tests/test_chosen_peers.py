@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -12,8 +13,9 @@ from cli_support import run
 from guest_driver.qemu import QemuMachine, QemuOptions, find_qemu
 from guest_driver.qemu.package import BINARIES, QEMU_ENVIRONMENT
 from host_qemu_side.linux_guest.kernel import KERNEL_ENVIRONMENT, MODULES_ENVIRONMENT, GuestKernel, find_kernel
+from vring import programs
 from vring.errors import MissingFacility, UsageError
-from vring.programs import Origin, origin_of
+from vring.programs import Origin
 
 MODULE = "kernel/drivers/virtio/virtio_balloon.ko"
 
@@ -35,41 +37,6 @@ def module(folder: Path, name: str = MODULE) -> Path:
 def nothing_named(monkeypatch: pytest.MonkeyPatch) -> None:
     for variable in (KERNEL_ENVIRONMENT, MODULES_ENVIRONMENT, QEMU_ENVIRONMENT):
         monkeypatch.delenv(variable, raising=False)
-
-
-# -- origin -----------------------------------------------------------------------------------------------------------
-
-
-def test_origin_of_a_packaged_file_and_of_a_copy_of_it(tmp_path: Path) -> None:
-    origin = origin_of("/usr/bin/dpkg")
-    assert origin.package.startswith("dpkg ")
-    assert origin.clean is (not origin.problems)
-    assert str(origin) == f"{origin.package}, dpkg -V {'clean' if origin.clean else 'NOT CLEAN'}"
-    link = tmp_path / "link"
-    link.symlink_to("/usr/bin/dpkg")
-    assert origin_of(link) == origin
-    copy = Path(shutil.copy("/usr/bin/dpkg", tmp_path / "dpkg"))
-    assert origin_of(copy) == Origin("", None)
-    assert str(origin_of(copy)) == "of no Debian package"
-    assert origin_of("/usr/bin/dpkg", "/usr/bin/dpkg-query") == origin
-    for other in (copy, "/bin/sh"):  # of none, and of another package
-        assert origin_of("/usr/bin/dpkg", other) == Origin("", None)
-
-
-def test_origin_is_of_that_very_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The names dpkg is asked for are patterns to it, and it lists diversions as well."""
-    answer = f"diversion by other from: {tmp_path}/x\nwrong: {tmp_path}/xyz\nright:amd64, other: {tmp_path}/x"
-    asked = 'case "$1" in -S) echo "$ANSWER";; -W) echo "1.0-1 $4";; esac'
-    script(tmp_path / "bin/dpkg-query", asked)
-    script(tmp_path / "bin/dpkg", 'echo "??5?????? /x"; exit 1')
-    monkeypatch.setenv("PATH", f"{tmp_path}/bin:/usr/bin:/bin")
-    monkeypatch.setenv("ANSWER", answer)
-    (tmp_path / "x").touch()
-    assert origin_of(tmp_path / "x") == Origin("right 1.0-1 right", False, ("??5?????? /x",))
-    monkeypatch.setenv("ANSWER", f"wrong: {tmp_path}/xyz")
-    assert origin_of(tmp_path / "x") == Origin("", None)
-    monkeypatch.setenv("PATH", str(tmp_path))
-    assert origin_of("/usr/bin/dpkg") == Origin("", None)
 
 
 # -- the guest's kernel -----------------------------------------------------------------------------------------------
@@ -99,7 +66,7 @@ def test_a_kernel_that_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 @pytest.mark.usefixtures("nothing_named")
-def test_kernels_that_cannot_be(tmp_path: Path) -> None:
+def test_kernels_that_cannot_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     good = script(tmp_path / "good", "echo 9.8.7")
     plain = tmp_path / "plain"
     plain.write_text("9.8.7")
@@ -119,10 +86,15 @@ def test_kernels_that_cannot_be(tmp_path: Path) -> None:
         (script(tmp_path / "silent", "exit 7"), MissingFacility, "does not start: exit code 7"),
         (script(tmp_path / "other", "echo GNU nothing 1.0"), MissingFacility, "is not User-Mode Linux.*GNU nothing"),
         (script(tmp_path / "slash", "echo 6.1/../../x"), MissingFacility, "is not User-Mode Linux"),
-        (good, MissingFacility, "no virtio_balloon.ko of Linux 9.8.7 under"),
+        (script(tmp_path / "long", f"echo 6.1{'a' * 5000}"), MissingFacility, "is not User-Mode Linux"),
+        (tmp_path / ("a" * 300), UsageError, "is not there"),
+        (good, MissingFacility, "no virtio_balloon.ko of Linux 9.8.7 under .*: name the folder of its modules"),
     ):
         with pytest.raises(error, match=says):
             find_kernel(wrong)
+    monkeypatch.setattr(programs, "VERSION_TIMEOUT", 0.5)
+    with pytest.raises(MissingFacility, match="hang --version does not end"):
+        find_kernel(script(tmp_path / "hang", "sleep 20"))
     with pytest.raises(UsageError, match="modules is not there: /nope"):
         find_kernel(good, "/nope")
     module(tmp_path / "packed", f"{MODULE}.xz")
@@ -147,6 +119,16 @@ def test_wrong_kernels_on_the_command_line(tmp_path: Path, arguments: list[str],
     assert says in done.stderr.splitlines()[-1]
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "work").exists()
+
+
+@pytest.mark.uml
+def test_a_wrong_value_in_the_environment_makes_nothing(tmp_path: Path) -> None:
+    environment = {**os.environ, "BALLOON_LINUX_XSTATE": "yes"}
+    work = tmp_path / "work"
+    done = run("migrate", "--guest", "linux", "--memory", "64M", "--work-dir", str(work), env=environment)
+    assert done.returncode == 2
+    assert "BALLOON_LINUX_XSTATE='yes' in the environment: it can be" in done.stderr.splitlines()[-1]
+    assert not work.exists()
 
 
 @pytest.mark.uml
@@ -193,6 +175,10 @@ def test_a_qemu_that_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     ):
         with pytest.raises(error, match=says):
             find_qemu("pci", str(wrong))
+    monkeypatch.chdir(tmp_path)  # a path, not a name to look for
+    assert find_qemu("mmio", "mine").path == str(program)
+    with pytest.raises(UsageError, match="no program that can be executed: sh"):
+        find_qemu("mmio", "sh")
     for command in ("drive", "compare"):
         done = run(command, "--memory", "64M", "--qemu", "/nope/qemu")
         assert (done.returncode, done.stderr.count("\n")) == (2, 1)

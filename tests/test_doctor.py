@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 import os
 import resource
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
-from cli_support import has_schema, run
+from cli_support import BALLOON, has_schema, run
 from click.testing import CliRunner
 
 from balloon_cli.commands import cli
@@ -70,6 +72,7 @@ def test_what_is_missing_is_named_and_what_needs_it_is_not_tried(tmp_path: Path,
     assert "migrate a Linux guest with hints: not tried" in shown.output
     (line,) = (line for line in shown.output.splitlines() if line.startswith("not tried"))
     assert "no C compiler, no user-mode-linux" in line
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_without_a_python_guest_it_exits_with_3(tmp_path: Path) -> None:
@@ -107,6 +110,54 @@ def test_a_linux_guest_that_does_not_boot_is_no(tmp_path: Path) -> None:
     assert "of no Debian package" in checks(report)["user-mode-linux"]["detail"]
 
 
+@pytest.mark.uml
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("number", "wait"),
+    [*((signal.SIGINT, wait) for wait in (0.05, 0.4, 0.7, 2.0)), (signal.SIGTERM, 0.6), (signal.SIGHUP, 1.5)],
+)
+def test_interrupted(tmp_path: Path, number: int, wait: float) -> None:
+    """Not a verdict: what it had started ended because of the interrupt, not because it does not work.
+
+    The signal goes to all of its process group, as a terminal sends it, at several moments of the Linux guest's trial:
+    while a package is asked for, something is compiled, the guest boots.
+    """
+    work, temporary = tmp_path / "w", tmp_path / "t"  # short: there will be sockets
+    work.mkdir()
+    temporary.mkdir()
+    doctor = subprocess.Popen(
+        [*BALLOON, "doctor", "--json", "--work-dir", str(work)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "TMPDIR": str(temporary)},
+        process_group=0,
+    )
+    assert doctor.stderr is not None
+    while "a Linux guest boots" not in doctor.stderr.readline():
+        assert doctor.poll() is None
+    time.sleep(wait)
+    assert doctor.poll() is None
+    os.killpg(doctor.pid, number)
+    out, err = doctor.communicate(timeout=30)
+    assert doctor.returncode == 130, err
+    assert out == ""
+    assert "interrupted" in err or "cancelled" in err
+    assert "Traceback" not in err
+    assert list(work.iterdir()) == []
+    assert list(temporary.iterdir()) == []
+
+
+@pytest.mark.uml
+def test_with_closed_streams_a_guest_boots_all_the_same(tmp_path: Path) -> None:
+    """Descriptors opened later would take the places of standard output and error, also in the programs started."""
+    command = [*BALLOON, "doctor", "--json", "--work-dir", str(tmp_path)]
+    code = f"import os; [os.close(fd) for fd in (0, 2)]; os.execv({command[0]!r}, {command!r})"
+    done = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, timeout=120, check=False)
+    assert done.returncode == 0
+    assert checks(json.loads(done.stdout))["Linux guest"]["detail"].startswith("Linux ")
+
+
 # -- memory -----------------------------------------------------------------------------------------------------------
 
 
@@ -121,7 +172,7 @@ def proc(folder: Path, cgroup: str, mounts: str) -> Path:
 
 
 def group(folder: Path, **files: str) -> None:
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     for name, text in files.items():
         (folder / name.replace("__", ".")).write_text(text)
 
@@ -132,7 +183,8 @@ VERSION_1 = ROOT_MOUNT + "30 20 0:26 {{root}} {}/tree rw - cgroup cgroup rw,memo
 
 
 def test_memory_without_limits(tmp_path: Path) -> None:
-    group(tmp_path / "tree/user", memory__max="max\n", memory__current="5\n", memory__stat="inactive_file 1\n")
+    files = {"memory__max": "max\n", "memory__high": "max\n", "memory__current": "5\n"}
+    group(tmp_path / "tree/user", **files, memory__stat="inactive_file 1\n")
     group(tmp_path / "tree/user/x")  # no files: the controller is not on
     found = memory_room(proc(tmp_path, "0::/user/x\n", VERSION_2))
     assert found == MemoryRoom(8 << 30, 16 << 30, "this machine")
@@ -145,6 +197,7 @@ def test_the_closest_group_of_version_2_counts(tmp_path: Path) -> None:
         group(
             tmp_path / "tree" / name,
             memory__max=f"{limit * MIB}\n",
+            memory__high="max\n",
             memory__current=f"{taken * MIB}\n",
             memory__stat=f"anon 1\ninactive_file {cached * MIB}\n",
         )
@@ -154,16 +207,41 @@ def test_the_closest_group_of_version_2_counts(tmp_path: Path) -> None:
 def test_a_group_of_version_1_seen_from_a_container(tmp_path: Path) -> None:
     """The mount shows the container's part of the tree, while the process's own path is from the root."""
     unlimited = str((1 << 63) - 4096)
-    for folder, limit in ((tmp_path / "tree", 256 * MIB), (tmp_path / "tree/x", unlimited)):
+    for name, limit, taken in (("", unlimited, 900), ("x", 256 * MIB, 300), ("ab", MIB, 0), ("docker/12/x", MIB, 0)):
         group(
-            folder,
+            tmp_path / "tree" / name,
             memory__limit_in_bytes=f"{limit}\n",
-            memory__usage_in_bytes=f"{300 * MIB}\n",
+            memory__usage_in_bytes=f"{taken * MIB}\n",
             memory__stat="total_inactive_file 0\n",
         )
-    mounts = VERSION_1.replace("{{root}}", "/docker/12ab")
-    found = memory_room(proc(tmp_path, "4:cpu,memory:/docker/12ab/x\n0::/\n", mounts))
-    assert found == MemoryRoom(0, 256 * MIB, "control group /")
+    mounts = VERSION_1.replace("{{root}}", "/docker/12")
+    found = memory_room(proc(tmp_path, "4:cpu,memory:/docker/12/x\n0::/\n", mounts))
+    assert found == MemoryRoom(0, 256 * MIB, "control group /x")
+    other = memory_room(proc(tmp_path / "other", "4:cpu,memory:/docker/12ab\n", mounts.replace("{}", str(tmp_path))))
+    assert other.limit == "this machine", "a group whose name begins alike is not this one"
+
+
+def test_memory_that_may_only_be_had_slowly(tmp_path: Path) -> None:
+    """`memory.high` is a bound in practice; and the name of a mount may have a space or be in another script."""
+    group(
+        tmp_path / "a tré/x",
+        memory__max=f"{900 * MIB}\n",
+        memory__high=f"{500 * MIB}\n",
+        memory__current=f"{100 * MIB}\n",
+        memory__stat="inactive_file 0\n",
+    )
+    mounts = VERSION_2.replace("{}/tree", "{}/a\\040tré")
+    found = memory_room(proc(tmp_path, "0::/x\n", mounts))
+    assert found == MemoryRoom(400 * MIB, 500 * MIB, "control group /x")
+
+
+@pytest.mark.parametrize("lost", ["self/cgroup", "self/mountinfo"])
+def test_tables_that_are_not_there_or_make_no_sense_bound_nothing(tmp_path: Path, lost: str) -> None:
+    made = proc(tmp_path, "0::/x\n", VERSION_2)
+    (made / lost).write_bytes(b"junk\n\xff\n - \n1:2\n")
+    assert memory_room(made).limit == "this machine"
+    (made / lost).unlink()
+    assert memory_room(made).limit == "this machine"
 
 
 def test_the_limit_of_address_space(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import errno
 import os
+import resource
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from host_qemu_side.linux_guest import LinuxGuest, ptrace_xstate
+from host_qemu_side.linux_guest import LinuxGuest, initramfs, ptrace_xstate
 from host_qemu_side.linux_guest.compiled import compiled
+from host_qemu_side.linux_guest.kernel import GuestKernel, find_kernel
 from host_qemu_side.linux_guest.ptrace_xstate import KNOWN_BYTES, PtraceXstate, XstateCounts
 from vring.errors import MissingFacility, PeerVanished, UsageError
 
@@ -40,12 +42,13 @@ full[160:176] = b"A" * 16  # XMM0
 full[{SHORT}:{SHORT} + 16] = b"B" * 16  # the upper half of YMM0
 whole = write(full)
 before = read()[1]
+longer = write(before[:-8])  # has all but the end: what follows must not be completed with what this one had
 short = bytearray(before[:{SHORT}])
 short[160:176] = b"C" * 16
 refused = write(short)
 after = read()[1]
 text = lambda data, at: data[at:at + 16].strip(bytes(1)).decode()
-print(error, len(state), whole, text(before, 160), text(before, {SHORT}) or "-", refused, text(after, 160),
+print(error, len(state), whole, text(before, 160), text(before, {SHORT}) or "-", longer, refused, text(after, 160),
       text(after, {SHORT}) or "-")
 os.kill(pid, signal.SIGKILL)
 """
@@ -72,12 +75,13 @@ def written(preload: PtraceXstate | None) -> list[str]:
 @uml
 def test_a_short_write_is_completed(tmp_path: Path) -> None:
     """The host refuses it; with the library it takes effect, and what was missing is in its initial state."""
-    assert written(None) == ["0", "A" * 16, "B" * 16, str(errno.EFAULT), "A" * 16, "B" * 16]
+    refused = str(errno.EFAULT)
+    assert written(None) == ["0", "A" * 16, "B" * 16, refused, refused, "A" * 16, "B" * 16]
     preload = PtraceXstate(tmp_path)
     assert preload.counts == XstateCounts(0, 0)
-    assert written(preload) == ["0", "A" * 16, "B" * 16, "0", "C" * 16, "-"]
-    # traced itself is the child's call; three reads, a whole and a short write are the parent's
-    assert preload.counts == XstateCounts(calls=6, completed=1)
+    assert written(preload) == ["0", "A" * 16, "B" * 16, "0", "0", "C" * 16, "-"]
+    # that it is traced is the child's call; three reads, a whole and two short writes are the parent's
+    assert preload.counts == XstateCounts(calls=7, completed=2)
     preload.close()
     preload.close()
 
@@ -103,37 +107,105 @@ def test_where_it_is_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
         ptrace_xstate.wanted()
 
 
-@pytest.mark.parametrize("planted", ["everybody's", "link", "folder", "fifo"])
-def test_a_library_that_others_may_have_put_there_is_not_loaded(tmp_path: Path, planted: str) -> None:
-    """The work folder may be one that other users can write to, and what is loaded runs with this user's rights."""
-    source = tmp_path / "x.c"
-    source.write_text("int main(void) { return 0; }\n")
+# -- what is kept in the work folder ----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    path = tmp_path / "x.c"
+    path.write_text("int main(void) { return 0; }\n")
+    return path
+
+
+def another_user(monkeypatch: pytest.MonkeyPatch, path: Path) -> None:
+    """Give a file to somebody else; who may not do that becomes somebody else."""
+    if os.geteuid() == 0:
+        os.chown(path, 65534, -1)
+    else:
+        monkeypatch.setattr(os, "geteuid", lambda: 65534)
+
+
+@pytest.mark.parametrize("planted", ["everybody's", "another user's", "link", "folder", "fifo"])
+def test_a_file_that_others_may_have_put_there_is_not_used(
+    tmp_path: Path, source: Path, planted: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is kept gets loaded and booted with this user's rights, and the folder may be one that is shared."""
     cache = tmp_path / "cache"
+    cache.mkdir()
+    cache.chmod(0o1777)
     data = compiled(source, [], cache)
     (made,) = cache.iterdir()
     assert compiled(source, [], cache) == data == made.read_bytes()
     if planted == "everybody's":
-        made.chmod(0o777)
+        made.chmod(0o666)
+    elif planted == "another user's":
+        another_user(monkeypatch, made)
+        if os.geteuid() == 65534:
+            monkeypatch.setattr("host_qemu_side.linux_guest.compiled.own_folder", lambda folder: None)
     else:
         made.rename(tmp_path / "elsewhere")
-        {
+        plant = {
             "link": lambda: made.symlink_to(tmp_path / "elsewhere"),
             "folder": made.mkdir,
             "fifo": lambda: os.mkfifo(made),
-        }[planted]()
+        }
+        plant[planted]()
     with pytest.raises(UsageError, match="remove it, or name another work folder"):
         compiled(source, [], cache)
 
 
+@pytest.mark.uml
+def test_an_initramfs_that_others_may_have_put_there_is_not_booted(tmp_path: Path) -> None:
+    made = initramfs.build(tmp_path)
+    assert initramfs.build(tmp_path) == made
+    made.chmod(0o666)
+    with pytest.raises(UsageError, match=rf"{made.name} may be another user's"):
+        LinuxGuest(128 * MIB, tmp_path)
+
+
+@pytest.mark.parametrize("folder", ["everybody's", "another user's", "another group's"])
+def test_a_folder_that_others_can_change_is_not_used(
+    tmp_path: Path, source: Path, folder: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = tmp_path / "cache"
+    cache.mkdir()
+    if folder == "everybody's":
+        cache.chmod(0o777)
+    elif folder == "another user's":
+        another_user(monkeypatch, cache)
+    else:
+        cache.chmod(0o770)
+        assert compiled(source, [], cache)  # Debian gives each user a group
+        monkeypatch.setattr(os, "getegid", lambda: 65534)
+        if os.geteuid() == 0:
+            os.chown(cache, -1, 65533)
+    with pytest.raises(UsageError, match="other users can change what is kept in"):
+        compiled(source, [], cache)
+
+
 def test_a_compiler_that_is_missing_or_fails_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "x.c").write_text("#error no\n")
-    with pytest.raises(MissingFacility, match=r"x\.c cannot be compiled with -static.*no"):
-        compiled(tmp_path / "x.c", ["-static"], tmp_path)
+    (tmp_path / "x.c").write_text("#error no such luck\n")
+    work = tmp_path / "work"
+    with pytest.raises(MissingFacility, match=r"does not compile x\.c with -static .*no such luck"):
+        compiled(tmp_path / "x.c", ["-static"], work)
+    (tmp_path / "x.c").write_text("int main(void) { return 0; }\n")
+    for said, says in (
+        ("true", r"bin/true does not compile x\.c with -shared .*it ended with code 0"),
+        ("false", "it ended with code 1"),
+        ("/nope/cc -m64", "CC in the environment says '/nope/cc -m64', and there is no /nope/cc"),
+    ):
+        monkeypatch.setenv("CC", said)
+        with pytest.raises(MissingFacility, match=says):
+            compiled(tmp_path / "x.c", ["-shared"], work)
+    assert list(work.iterdir()) == []
+    monkeypatch.setenv("CC", "gcc -DX=1")
+    assert compiled(tmp_path / "x.c", [], work)
+    monkeypatch.delenv("CC")
+    assert compiled(tmp_path / "x.c", [], work)
+    assert len(list(work.iterdir())) == 2, "what another compiler made is not taken"
     monkeypatch.setenv("PATH", str(tmp_path))
-    monkeypatch.delenv("CC", raising=False)
     with pytest.raises(MissingFacility, match="apt install gcc"):
-        compiled(tmp_path / "x.c", [], tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == ["x.c"]
+        compiled(tmp_path / "x.c", ["-static"], work)
 
 
 # -- under a kernel ---------------------------------------------------------------------------------------------------
@@ -185,3 +257,47 @@ def test_preloaded_and_never_called_is_an_error(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(PtraceXstate, "environment", property(lambda self: {"LD_PRELOAD": real(self)["LD_PRELOAD"]}))
     with LinuxGuest(128 * MIB, tmp_path, complete_xstate=True) as guest, pytest.raises(MissingFacility, match="called"):
         guest.wait_ready(60.0)
+
+
+@uml
+def test_a_program_that_ignores_it_is_named_also_if_it_does_not_boot(tmp_path: Path) -> None:
+    """A setuid program is not preloaded into, for instance: on a host that needs it the guest panics."""
+    real = find_kernel()
+    bare = tmp_path / "bare"
+    bare.write_text('#!/bin/sh\necho "Checking that ptrace can change system call numbers...OK"\n')
+    bare.chmod(0o755)
+    kernel = GuestKernel(bare, real.module, real.release)
+    with (
+        LinuxGuest(128 * MIB, tmp_path / "w", kernel=kernel, complete_xstate=True) as guest,
+        pytest.raises(MissingFacility, match=r"bare, but is not called.*gone during boot"),
+    ):
+        guest.wait_ready(60.0)
+
+
+@uml
+def test_a_start_that_fails_leaves_nothing(tmp_path: Path) -> None:
+    """Descriptors run out at each step in turn."""
+    guest = LinuxGuest(128 * MIB, tmp_path / "work", complete_xstate=True)
+    PtraceXstate(guest.workdir).close()
+    kept = set(guest.workdir.iterdir())
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    before = len(os.listdir("/proc/self/fd"))
+    room = os.dup(0)
+    os.close(room)
+    failed = 0
+    try:
+        for more in range(soft - room):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (room + more, hard))
+            try:
+                guest.start()
+                break
+            except OSError:
+                failed += 1
+                resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+                assert set(guest.workdir.iterdir()) == kept
+                assert len(os.listdir("/proc/self/fd")) == before
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        guest.kill()
+    assert failed >= 6
+    assert set(guest.workdir.iterdir()) == kept

@@ -58,7 +58,10 @@ def find_qemu(transport: str, qemu: str = "") -> QemuBinary:
     """
     name = BINARIES[transport]
     named = qemu or os.environ.get(QEMU_ENVIRONMENT, "")
-    path = shutil.which(os.path.join(named, name) if os.path.isdir(named) else named or name)
+    if os.path.isdir(named):
+        path = shutil.which(os.path.join(os.path.abspath(named), name))
+    else:
+        path = shutil.which(os.path.abspath(named) if named else name)
     if path is None and named:
         what = f"a folder without {name}" if os.path.isdir(named) else "no program that can be executed"
         raise UsageError(f"the QEMU that was named is {what}: {named}")

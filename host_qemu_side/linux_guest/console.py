@@ -11,6 +11,7 @@ import os
 import re
 from dataclasses import dataclass
 
+from vring.backing import close_with
 from vring.errors import PeerVanished, UsageError
 
 __all__ = ["CommandResult", "Console"]
@@ -22,7 +23,7 @@ _MOST_TROUBLE = 6
 _TROUBLE = re.compile(
     r"\b(err(no|or)?\b|fail|unable|cannot|can't|denied|not permitted|no such|refus|kill|segfault|out of memory)", re.I
 )
-_HARMLESS = ("Failed to initialize ubd device", "mmapper_init - find_iomem")
+_HARMLESS = ("Failed to initialize ubd device", "mmapper_init - find_iomem", "zswap: pool creation failed")
 """Beginnings of what a guest without disks says each time it boots."""
 _DUMP = re.compile(r"\s*(\[<[0-9a-f]+>\]|([0-9a-f]{8,16}\s*)+$|(Call Trace|Stack|CPU|RIP|Modules linked in|Pid|PID):)")
 """Lines of a kernel's dump of its stack and registers."""
@@ -51,6 +52,7 @@ class Console:
 
     def __init__(self, read_fd: int, write_fd: int) -> None:
         self._read, self._write = read_fd, write_fd
+        self._close_fds = close_with(self, (read_fd, write_fd))
         for fd in (read_fd, write_fd):
             os.set_blocking(fd, False)
         self._buffer = bytearray()
@@ -158,8 +160,6 @@ class Console:
 
     def close(self) -> None:
         """Close both pipes."""
-        for fd in (self._read, self._write):
-            if fd >= 0:
-                os.close(fd)
+        self._close_fds()
         self._read = self._write = -1
         self.closed = True

@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from host_qemu_side.linux_guest.compiled import compiled, replace
+from host_qemu_side.linux_guest.compiled import compiled, kept
 from host_qemu_side.linux_guest.kernel import GuestKernel, find_kernel
 from vring.errors import MissingFacility
 
@@ -93,6 +93,8 @@ def build(cache: Path, kernel: GuestKernel | None = None, *, compress: bool = Fa
     ------
     MissingFacility
         If a package is missing; the message says which.
+    UsageError
+        If what lies in `cache` may be another user's.
     """
     kernel = kernel or find_kernel()
     busybox, module = find_busybox().read_bytes(), kernel.module.read_bytes()
@@ -109,7 +111,6 @@ def build(cache: Path, kernel: GuestKernel | None = None, *, compress: bool = Fa
     ]
     archive = cpio(entries)
     key = hashlib.sha256(archive + bytes([compress])).hexdigest()[:16]
-    target = cache / f"initramfs-{key}.cpio{'.gz' if compress else ''}"
-    if not target.exists():
-        replace(target, gzip.compress(archive, 6, mtime=0) if compress else archive, 0o644)
-    return target
+    name = f"initramfs-{key}.cpio{'.gz' if compress else ''}"
+    kept(cache, name, lambda: gzip.compress(archive, 6, mtime=0) if compress else archive)
+    return cache / name

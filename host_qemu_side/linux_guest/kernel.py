@@ -23,7 +23,7 @@ KERNEL_ENVIRONMENT, MODULES_ENVIRONMENT = "BALLOON_LINUX", "BALLOON_LINUX_MODULE
 
 _MODULES = Path("/usr/lib/uml/modules")
 _MODULE = Path("kernel/drivers/virtio/virtio_balloon.ko")
-_RELEASE = re.compile(r"[0-9]+\.[0-9]+[^\s/]*")
+_RELEASE = re.compile(r"[0-9]+\.[0-9]+[^\s/]{0,60}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,16 +75,16 @@ def find_kernel(
     else:
         beside = Path(os.path.realpath(path)).parent.parent / "lib/uml/modules"
         places = [beside] if beside == _MODULES else [beside, _MODULES]
-    return GuestKernel(path, _find_module(places, release, exact=not folder), release)
+    todo = "name the folder of its modules" if named or folder else f"apt install {PACKAGE}"
+    return GuestKernel(path, _find_module(places, release, todo, exact=not folder), release)
 
 
 def _named_program(name: str) -> Path:
-    path = Path(name).absolute()
-    if not path.is_file():
+    if not os.path.isfile(name):
         raise UsageError(f"the guest's kernel is not there: {name}")
-    if not os.access(path, os.X_OK):
+    if not os.access(name, os.X_OK):
         raise UsageError(f"the guest's kernel is not a program that can be executed: {name}")
-    return path
+    return Path(name).absolute()
 
 
 def _installed_program() -> Path:
@@ -94,7 +94,7 @@ def _installed_program() -> Path:
     return Path(found).absolute()
 
 
-def _find_module(places: Sequence[Path], release: str, *, exact: bool) -> Path:
+def _find_module(places: Sequence[Path], release: str, todo: str, *, exact: bool) -> Path:
     """Return the balloon module of a release; without `exact` a folder may be that of one kernel, whatever its name."""
     for place in places:
         for folder in [place / release] if exact else [place / release, place]:
@@ -103,6 +103,4 @@ def _find_module(places: Sequence[Path], release: str, *, exact: bool) -> Path:
             for packed in sorted(folder.glob(f"{_MODULE}.*")):
                 raise MissingFacility(f"{packed} is compressed, which the guest's insmod cannot read: decompress it")
     where = " or ".join(str(place) for place in places)
-    raise MissingFacility(
-        f"no {_MODULE.name} of Linux {release} under {where}: apt install {PACKAGE}, or name its folder"
-    )
+    raise MissingFacility(f"no {_MODULE.name} of Linux {release} under {where}: {todo}")

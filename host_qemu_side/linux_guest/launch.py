@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import select
 import shutil
 import signal
@@ -23,6 +24,7 @@ from typing import TypeVar
 
 from host_qemu_side.linux_guest import initramfs as _initramfs
 from host_qemu_side.linux_guest import ptrace_xstate
+from host_qemu_side.linux_guest.compiled import own_folder
 from host_qemu_side.linux_guest.console import CommandResult, Console
 from host_qemu_side.linux_guest.kernel import GuestKernel, find_kernel
 from host_qemu_side.linux_guest.mconsole import Reply, Request
@@ -38,6 +40,8 @@ _T = TypeVar("_T")
 _KEEPER = Path(__file__).resolve().with_name("keeper.py")
 _BALLOON_ID = 5
 _SUN_PATH = 107
+_TRACES = re.compile("ptrace.*OK")
+"""On the console once the guest's kernel has tried ptrace, which it does first of all."""
 
 
 class LinuxGuest:
@@ -109,9 +113,9 @@ class LinuxGuest:
         self._remove = tuple(remove)
         self.kernel = kernel or find_kernel()
         """Which kernel it is."""
+        self._complete_xstate = ptrace_xstate.wanted() if complete_xstate is None else complete_xstate
         self._cache = cache or self.workdir
         self._initrd = Path(initramfs or _initramfs.build(self._cache, self.kernel)).absolute()
-        self._complete_xstate = ptrace_xstate.wanted() if complete_xstate is None else complete_xstate
         self._xstate: PtraceXstate | None = None
         self._console: Console | None = None
         self._keeper: subprocess.Popen[bytes] | None = None
@@ -130,27 +134,31 @@ class LinuxGuest:
         Raises
         ------
         UsageError
-            If it was started before.
+            If it was started before, or `workdir` can be changed by other users.
         MissingFacility
             If `workdir` has less room than the guest has RAM: the guest would die of SIGBUS when it is full.
         """
         if self._keeper is not None:
             raise UsageError("a LinuxGuest is started once; make another one")
-        self.workdir.mkdir(parents=True, exist_ok=True)
+        own_folder(self.workdir)
         room = os.statvfs(self.workdir)
         if room.f_bavail * room.f_frsize < self.memory_bytes:
             raise MissingFacility(
                 f"{self.workdir} has {room.f_bavail * room.f_frsize >> 20} MiB free, the guest's RAM file may need "
                 f"{self.memory_bytes >> 20} MiB: free some, or give another work folder"
             )
+        with contextlib.ExitStack() as undo:
+            self._launch(undo)
+            undo.pop_all()  # from here on the keeper tidies up
+
+    def _launch(self, undo: contextlib.ExitStack) -> None:
         if self._complete_xstate:
             self._xstate = PtraceXstate(self._cache)
-        ram = Path(tempfile.mkdtemp(prefix="uml-", dir=self.workdir))
-        self._folders = [ram]
+            undo.callback(self._xstate.close)
+        ram = self._folder(undo, self.workdir)
         control_dir = ram
         if len(os.fsencode(ram)) + len("/guest/mconsole") > _SUN_PATH:
-            control_dir = Path(tempfile.mkdtemp(prefix="uml-"))
-            self._folders.append(control_dir)
+            control_dir = self._folder(undo, None)
         self._umid = control_dir / "guest"
         argv = [str(self.kernel.path), f"mem={self.memory_bytes >> 10}K", f"initrd={self._initrd}"]
         argv += ["con=null", "con0=fd:0,fd:1", f"umid={self._umid.name}", f"uml_dir={control_dir}"]
@@ -169,22 +177,32 @@ class LinuxGuest:
             "remove": [*(str(folder) for folder in self._folders), *self._remove],
         }
         near, far = socket.socketpair()
+        undo.callback(near.close)
         near.setblocking(False)
-        to_guest, from_host = os.pipe2(os.O_CLOEXEC), os.pipe2(os.O_CLOEXEC)
-        try:
+        with contextlib.ExitStack() as theirs:
+            theirs.enter_context(far)
+            stdin, to_guest = os.pipe2(os.O_CLOEXEC)
+            theirs.callback(os.close, stdin)
+            undo.callback(os.close, to_guest)
+            from_guest, stdout = os.pipe2(os.O_CLOEXEC)
+            theirs.callback(os.close, stdout)
+            undo.callback(os.close, from_guest)
             self._keeper = subprocess.Popen(
                 [sys.executable, "-I", "-S", str(_KEEPER), str(far.fileno()), json.dumps(spec)],
-                stdin=to_guest[0],
-                stdout=from_host[1],
+                stdin=stdin,
+                stdout=stdout,
                 pass_fds=[far.fileno(), *inherited],
                 start_new_session=True,  # a Ctrl-C for the host is not one for the guest
             )
-        finally:
-            far.close()
-            os.close(to_guest[0])
-            os.close(from_host[1])
         self._control = near
-        self._console = Console(from_host[0], to_guest[1])
+        self._console = Console(from_guest, to_guest)
+
+    def _folder(self, undo: contextlib.ExitStack, parent: Path | None) -> Path:
+        """Make a folder that goes with the guest."""
+        folder = Path(tempfile.mkdtemp(prefix="uml-", dir=parent))
+        undo.callback(folder.rmdir)  # nothing is in it before the guest is started
+        self._folders.append(folder)
+        return folder
 
     def wait_ready(self, timeout: float = 30.0, serve: Serve | None = None) -> str:
         """Wait until the guest takes commands; return its kernel release.
@@ -197,15 +215,24 @@ class LinuxGuest:
             If ``ptrace_xstate.c`` was to be preloaded and is not in place.
         """
         console = self._running()
-        release = self._wait(lambda: console.release, timeout, serve, "boot")
+        try:
+            release = self._wait(lambda: console.release, timeout, serve, "boot")
+        except PeerVanished as error:
+            if _TRACES.search(console.transcript):
+                self._check_preloaded(f"; {error}")
+            raise
         self.processes()
+        self._check_preloaded()
+        return release
+
+    def _check_preloaded(self, more: str = "") -> None:
+        """Raise if ptrace was called, and not ours which was to be in its place."""
         counts = self.xstate_counts
         if counts is not None and not counts.calls:
             raise MissingFacility(
                 f"ptrace_xstate.c was preloaded into {self.kernel.path}, but is not called: is the program linked "
-                "statically, or does it have privileges of its own?"
+                f"statically, or does it have privileges of its own?{more}"
             )
-        return release
 
     @property
     def xstate_counts(self) -> XstateCounts | None:

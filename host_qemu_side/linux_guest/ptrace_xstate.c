@@ -71,7 +71,7 @@ long ptrace(enum __ptrace_request request, ...)
     if (request == PTRACE_SETREGSET && (uintptr_t)addr == NT_X86_XSTATE) {
         const struct iovec *given = data;
         size_t whole = whole_size(pid);
-        if (given->iov_len < whole) {
+        if (given->iov_base && given->iov_len && given->iov_len < whole) {
             struct iovec all = {state, whole};
             memcpy(state, given->iov_base, given->iov_len);
             memset(state + given->iov_len, 0, whole - given->iov_len);

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import struct
-import subprocess
 import sys
 from dataclasses import dataclass
 from functools import cache as cached
@@ -18,6 +17,7 @@ from pathlib import Path
 from host_qemu_side.linux_guest.compiled import compiled
 from vring.backing import close_with
 from vring.errors import UsageError
+from vring.programs import run_program
 
 __all__ = ["ENVIRONMENT", "KNOWN_BYTES", "PtraceXstate", "XstateCounts", "host_takes_only_all", "wanted"]
 
@@ -44,11 +44,7 @@ class XstateCounts:
 def host_takes_only_all() -> bool:
     """Whether this host refuses a write of the first `KNOWN_BYTES` of a process's extended state; tried on a child."""
     program = [sys.executable, "-I", "-S", str(_HERE / "xstate_probe.py"), str(KNOWN_BYTES)]
-    try:
-        done = subprocess.run(program, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=30)
-    except subprocess.SubprocessError:
-        return False  # a host on which tracing hangs runs no User-Mode Linux, with or without this
-    _, _, refused = done.stdout.strip().partition(" ")
+    _, _, refused = run_program(program, 30.0).out.strip().partition(" ")
     return bool(refused) and int(refused) != 0
 
 
@@ -88,7 +84,11 @@ class PtraceXstate:
     def __init__(self, cache: Path) -> None:
         data = compiled(_HERE / "ptrace_xstate.c", ["-shared", "-fPIC"], cache)
         self._library = os.memfd_create("ptrace_xstate", os.MFD_CLOEXEC)
-        self._counters = os.memfd_create("ptrace_xstate counters", os.MFD_CLOEXEC)
+        try:
+            self._counters = os.memfd_create("ptrace_xstate counters", os.MFD_CLOEXEC)
+        except OSError:
+            os.close(self._library)
+            raise
         self.close = close_with(self, self.fds)
         """Closes the descriptors; may be called more than once."""
         os.truncate(self._counters, _COUNTERS.size)

@@ -107,7 +107,7 @@ class Rings:
         features. Nothing is expected on it.
         """
         sizes = self._device.queue_sizes
-        return sizes[index] if index < len(sizes) else max(sizes)
+        return sizes[index] if index < len(sizes) else max(sizes, default=0)
 
     # -- running and at rest --------------------------------------------------------------------------------------
 
