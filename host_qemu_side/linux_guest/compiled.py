@@ -32,7 +32,7 @@ def own_folder(folder: Path) -> None:
     UsageError
         If it belongs to another user, or others can change it.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(0o755, parents=True, exist_ok=True)  # not everybody's, whatever the umask
     info = folder.stat()
     by_group = info.st_mode & stat.S_IWGRP and info.st_gid not in (0, os.getegid())
     shared = (info.st_mode & stat.S_IWOTH or by_group) and not info.st_mode & stat.S_ISVTX
