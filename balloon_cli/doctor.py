@@ -53,7 +53,7 @@ TRIAL = MigrateOptions(
     workload="churn",
     hints="on",
     to="spawn",
-    limits=Limits(),
+    limits=Limits(bandwidth=64.0 * 2**20),  # slow enough for hints to come in time
     free_at="done",
     dirty_log="auto",
     profile=SPEC,
@@ -151,11 +151,15 @@ def _migrated(options: MigrateOptions) -> tuple[dict[str, Any], str]:
         raise _Problem(NOT_USABLE, "; ".join(found), "report a bug")
     run = result["runs"][0]
     blocks = sum(hint_run["blocks"] for hint_run in run["hint_runs"])
-    took = time.monotonic() - began
-    return run, (
-        f"{format_size(options.memory)} booted and migrated in {took:.1f} s, {blocks} blocks hinted, "
-        f"{run['oracle']['pages_checked']:,} pages compared, none wrong"
+    words = (
+        f"{format_size(options.memory)} booted and migrated in {time.monotonic() - began:.1f} s, {blocks} blocks "
+        f"hinted, {run['oracle']['pages_checked']:,} pages compared, none wrong"
     )
+    if run["hints_refused"]:
+        raise _Problem(NOT_USABLE, f"{words}; but hints are refused: {run['hints_refused']}", "see the dirty logs")
+    if not blocks:
+        raise _Problem(NOT_USABLE, words, "again, when this machine is less busy: the guest's hints came too late")
+    return run, words
 
 
 def _python_guest() -> str:
@@ -177,8 +181,6 @@ def _linux_guest(options: DoctorOptions) -> str:
                 modules=options.modules,
             )
         )
-    if run["hints_refused"]:
-        raise _Problem(NOT_USABLE, f"{words}; but hints are refused: {run['hints_refused']}", "see dirty log cachestat")
     linux = run["linux"]
     if linux["xstate_completed"] is not None:
         words += f"; {linux['xstate_completed']:,} writes of processor state completed for it"

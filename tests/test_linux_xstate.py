@@ -192,6 +192,7 @@ def test_a_compiler_that_is_missing_or_fails_is_named(tmp_path: Path, monkeypatc
     for said, says in (
         ("true", r"bin/true does not compile x\.c with -shared .*it ended with code 0"),
         ("false", "it ended with code 1"),
+        ('gcc "', "CC in the environment is no command: No closing quotation"),
         ("/nope/cc -m64", "CC in the environment says '/nope/cc -m64', and there is no /nope/cc"),
     ):
         monkeypatch.setenv("CC", said)

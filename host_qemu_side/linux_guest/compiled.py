@@ -108,7 +108,10 @@ def find_compiler() -> list[str]:
     MissingFacility
         If there is none.
     """
-    said = shlex.split(os.environ.get("CC", ""))
+    try:
+        said = shlex.split(os.environ.get("CC", ""))
+    except ValueError as error:
+        raise MissingFacility(f"CC in the environment is no command: {error}") from error
     for name in said[:1] or ("gcc", "cc", "clang"):
         if found := shutil.which(name):
             return [found, *said[1:]]

@@ -1,11 +1,12 @@
 /* A ptrace() to be preloaded into User-Mode Linux: completes writes of processor state that are too short.
  *
- * Kernels up to 6.12 keep 2696 bytes of extended state (NT_X86_XSTATE: SSE, AVX, AVX-512, PKRU) for a process. A host
- * with more of it (AMX: 11008 bytes) reads as much of it as the buffer takes, but accepts only the whole of it back:
- * EFAULT, and the guest panics with its first program. Here such a write is laid over zeros of the whole size, so that
- * what the guest does not know is in its initial state; every other call is passed on as it is.
+ * Kernels up to 6.12 keep 2696 bytes of extended state (NT_X86_XSTATE: SSE, AVX, AVX-512, PKRU) for a
+ * process. A host with more of it (AMX: 11008 bytes) reads as much of it as the buffer takes, but accepts
+ * only the whole of it back: EFAULT, and the guest panics with its first program. Here such a write is laid
+ * over zeros of the whole size, so that what the guest does not know is in its initial state; all else is
+ * passed on as it is.
  *
- * Linked into nothing: `ptrace_xstate.py` compiles it, puts it in place and reads the counters. Knows nothing of guests.
+ * `ptrace_xstate.py` compiles it, puts it in place and reads the counters. Knows nothing of guests.
  */
 #define _GNU_SOURCE
 #include <dlfcn.h>
@@ -31,8 +32,8 @@ struct counters {
 static struct counters unshared, *counters = &unshared;
 static long (*real_ptrace)(enum __ptrace_request, ...);
 
-/* Not on the stack: User-Mode Linux calls from kernel stacks of 16 KiB. It does so for one process at a time; kernels
- * that run several at once (from 6.19 on) have buffers of the whole size and never come to need this. */
+/* Not on the stack: User-Mode Linux calls from kernel stacks of 16 KiB. The kernels that need this run one
+ * process at a time; newer ones have buffers of the whole size. */
 static _Alignas(64) unsigned char state[64 << 10];
 
 __attribute__((constructor)) static void begin(void)
@@ -52,7 +53,8 @@ static size_t whole_size(pid_t pid)
     static size_t size;
     if (!size) {
         struct iovec all = {state, sizeof state};
-        if (real_ptrace(PTRACE_GETREGSET, pid, (void *)NT_X86_XSTATE, &all) == 0 && all.iov_len < sizeof state)
+        if (real_ptrace(PTRACE_GETREGSET, pid, (void *)NT_X86_XSTATE, &all) == 0 &&
+            all.iov_len < sizeof state)
             size = all.iov_len;
     }
     return size;
