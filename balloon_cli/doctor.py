@@ -21,15 +21,15 @@ from rich.console import Console
 from rich.text import Text
 
 from balloon_cli import report
-from balloon_cli.machine import memory_room, unescaped
+from balloon_cli.machine import memory_room, mounts
 from balloon_cli.migrate import MigrateOptions, Progress, migrate_all
 from balloon_dev.profiles import SPEC
 from guest_driver.qemu import find_qemu
 from host_qemu_side.discard import punch_hole
 from host_qemu_side.linux_guest import ptrace_xstate
-from host_qemu_side.linux_guest.compiled import find_compiler
 from host_qemu_side.linux_guest.initramfs import find_busybox
 from host_qemu_side.linux_guest.kernel import find_kernel
+from host_qemu_side.linux_guest.work_folder import find_compiler
 from host_qemu_side.migration import Cancelled, Limits
 from vring import bitmap
 from vring._vring import lib
@@ -45,7 +45,7 @@ __all__ = ["MISSING", "NOT_TRIED", "NOT_USABLE", "OK", "DoctorOptions", "Finding
 
 OK, MISSING, NOT_USABLE, NOT_TRIED = "ok", "missing", "not usable", "not tried"
 STYLES = {OK: "green", MISSING: "yellow", NOT_USABLE: "red", NOT_TRIED: "yellow"}
-PYTHON_GUEST, LINUX_GUEST, CACHESTAT = "Python guest", "Linux guest", "dirty log cachestat"
+PYTHON_GUEST, LINUX_GUEST = "Python guest", "Linux guest"
 LINUX_NEEDS = ("C compiler", "user-mode-linux", "busybox-static")
 TRIAL = MigrateOptions(
     guest="python",
@@ -70,8 +70,11 @@ class DoctorOptions:
     work_dir: Path = Path("/var/tmp")
     """Where the RAM files of Linux guests would lie."""
     linux: str = ""
+    """The Linux guest's kernel, where it is not the installed one."""
     modules: str = ""
+    """Folder of its modules."""
     qemu: str = ""
+    """QEMU's program or its folder, where it is not the installed one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -251,12 +254,10 @@ def file_system(path: Path) -> str:
     """Return the type of the file system that holds `path`, such as ``ext4``."""
     best, kind = "", "unknown"
     target = os.path.realpath(path)
-    for line in Path("/proc/self/mountinfo").read_text().splitlines():
-        before, _, after = line.partition(" - ")
-        mount = unescaped(before.split()[4])
-        inside = target == mount or target.startswith(mount.rstrip("/") + "/")
-        if inside and len(mount) >= len(best):
-            best, kind = mount, after.split()[0]
+    for mount in mounts():
+        inside = target == mount.place or target.startswith(mount.place.rstrip("/") + "/")
+        if inside and len(mount.place) >= len(best):
+            best, kind = mount.place, mount.kind
     return kind
 
 
@@ -339,7 +340,7 @@ def examine(options: DoctorOptions = DoctorOptions(), say: Callable[[str], None]
         ("dirty log software", "--guest python", _software),
         ("dirty log wp-async", "--guest python", _wp_async),
         ("userfaultfd", "dirty log wp-async", _userfaultfd),
-        (CACHESTAT, f"{linux} with hints", lambda: _cachestat(work_dir)),
+        ("dirty log cachestat", f"{linux} with hints", lambda: _cachestat(work_dir)),
         ("work directory", linux, lambda: _work_directory(work_dir)),
         ("user-mode-linux", linux, lambda: _user_mode_linux(options)),
         ("busybox-static", linux, _busybox),

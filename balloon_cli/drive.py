@@ -47,6 +47,7 @@ class DriveOptions:
     batch: int = 64
     warm_up: float = 0.2
     qemu: str = ""
+    """QEMU's program or its folder, where it is not the installed one."""
 
     def machine(self, hints: bool, *, incoming: bool = False) -> QemuOptions:
         """Return how QEMU is started for a migration.

@@ -1,4 +1,4 @@
-"""How much memory this process can have: what the machine has left, and the limits that are closer.
+"""What this process has of the machine: mounted file systems, and memory, with the limits that are closer.
 
 Reads ``/proc`` and the control groups named there; starts nothing.
 """
@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["MemoryRoom", "memory_room", "unescaped"]
+__all__ = ["MemoryRoom", "Mount", "memory_room", "mounts"]
 
 UNLIMITED = 1 << 60
 """What version 1 writes for "no limit" is a little less than 2 to the 63."""
@@ -48,9 +48,37 @@ def memory_room(proc: Path = Path("/proc")) -> MemoryRoom:
     return min(found, key=lambda room: room.available)
 
 
-def unescaped(name: str) -> str:
-    """Return a name from a mount table, in which white space and backslashes stand as three octal digits."""
-    return re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), name)
+@dataclass(frozen=True, slots=True)
+class Mount:
+    """One line of the mount table."""
+
+    place: str
+    """Where it is mounted."""
+    root: str
+    """Which part of the file system is."""
+    kind: str
+    """Type of the file system, such as ``ext4``."""
+    options: tuple[str, ...]
+    """Options of the file system, not of this mount."""
+
+
+def mounts(proc: Path = Path("/proc")) -> Iterator[Mount]:
+    """Return what is mounted for this process, in the order of the table; lines that make no sense are left out.
+
+    Parameters
+    ----------
+    proc
+        Where the process file system is.
+    """
+
+    def unescaped(name: str) -> str:
+        """White space and backslashes stand as three octal digits."""
+        return re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), name)
+
+    for line in _lines(proc / "self/mountinfo"):
+        before, _, after = (part.split() for part in line.partition(" - "))
+        if len(before) >= 5 and len(after) >= 3:
+            yield Mount(unescaped(before[4]), unescaped(before[3]), after[0], tuple(after[2].split(",")))
 
 
 def _groups(proc: Path) -> Iterator[MemoryRoom]:
@@ -59,16 +87,16 @@ def _groups(proc: Path) -> Iterator[MemoryRoom]:
     for fields in (line.split(":", 2) for line in _lines(proc / "self/cgroup")):
         if len(fields) == 3 and (not fields[1] or "memory" in fields[1].split(",")):
             memberships["cgroup" if fields[1] else "cgroup2"] = fields[2]
-    for kind, mounted, root in _mounts(proc):
-        if kind not in memberships:
+    for mount in mounts(proc):
+        if mount.kind not in memberships or (mount.kind == "cgroup" and "memory" not in mount.options):
             continue
-        path = memberships[kind]
+        path, root, mounted = memberships[mount.kind], mount.root, Path(mount.place)
         # In a container the mount shows a part of the tree, whose root the process's own path begins with.
         inside = path[len(root) :] if root != "/" and f"{path}/".startswith(f"{root}/") else path
         folder = mounted / inside.lstrip("/")
         while folder.is_relative_to(mounted):
             with contextlib.suppress(OSError, ValueError, KeyError):
-                room = (_version_1 if kind == "cgroup" else _version_2)(folder)
+                room = (_version_1 if mount.kind == "cgroup" else _version_2)(folder)
                 if room is not None:
                     name = f"/{folder.relative_to(mounted)}".replace("/.", "/")
                     yield MemoryRoom(max(0, room[0]), room[1], f"control group {name}")
@@ -79,16 +107,6 @@ def _lines(path: Path) -> list[str]:
     with contextlib.suppress(OSError):
         return path.read_text(errors="surrogateescape").splitlines()
     return []
-
-
-def _mounts(proc: Path) -> Iterator[tuple[str, Path, str]]:
-    """Return kind, place and root of the mounted trees of control groups that count memory."""
-    for line in _lines(proc / "self/mountinfo"):
-        before, _, after = (part.split() for part in line.partition(" - "))
-        if len(before) < 5 or len(after) < 3:
-            continue
-        if after[0] == "cgroup2" or (after[0] == "cgroup" and "memory" in after[2].split(",")):
-            yield after[0], Path(unescaped(before[4])), unescaped(before[3])
 
 
 def _numbers(path: Path) -> dict[str, int]:

@@ -95,6 +95,14 @@ def run(*arguments: str, timeout: float = 60, **more: Any) -> subprocess.Complet
     return subprocess.run([*BALLOON, *arguments], capture_output=True, text=True, timeout=timeout, **more)
 
 
+def script(path: Path, text: str) -> Path:
+    """Make a program of the shell's."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"#!/bin/sh\n{text}\n")
+    path.chmod(0o755)
+    return path
+
+
 def descendants(pid: int) -> set[int]:
     """Return all processes below `pid`, from /proc."""
     parents = {}

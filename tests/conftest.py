@@ -1,4 +1,4 @@
-"""Hypothesis profiles, and the rule that CI skips nothing."""
+"""Hypothesis profiles, the rule that CI skips nothing, and a fixture that several files use."""
 
 from __future__ import annotations
 
@@ -8,6 +8,9 @@ import signal
 
 import pytest
 from hypothesis import HealthCheck, settings
+
+from guest_driver.qemu.package import QEMU_ENVIRONMENT
+from host_qemu_side.linux_guest.kernel import KERNEL_ENVIRONMENT, MODULES_ENVIRONMENT
 
 IN_CI = bool(os.environ.get("CI"))
 PROFILE = os.environ.get("HYPOTHESIS_PROFILE", "ci" if IN_CI else "dev")
@@ -23,6 +26,13 @@ settings.register_profile(
 )
 settings.register_profile("dev", deadline=None, print_blob=True, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile(PROFILE)
+
+
+@pytest.fixture
+def nothing_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the environment says, the installed peers are meant."""
+    for variable in (KERNEL_ENVIRONMENT, MODULES_ENVIRONMENT, QEMU_ENVIRONMENT):
+        monkeypatch.delenv(variable, raising=False)
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -8,7 +8,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from cli_support import run
+from cli_support import run, script
 
 from guest_driver.qemu import QemuMachine, QemuOptions, find_qemu
 from guest_driver.qemu.package import BINARIES, QEMU_ENVIRONMENT
@@ -20,23 +20,10 @@ from vring.programs import Origin
 MODULE = "kernel/drivers/virtio/virtio_balloon.ko"
 
 
-def script(path: Path, text: str) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(f"#!/bin/sh\n{text}\n")
-    path.chmod(0o755)
-    return path
-
-
 def module(folder: Path, name: str = MODULE) -> Path:
     (folder / name).parent.mkdir(parents=True, exist_ok=True)
     (folder / name).write_bytes(b"module")
     return folder / name
-
-
-@pytest.fixture
-def nothing_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    for variable in (KERNEL_ENVIRONMENT, MODULES_ENVIRONMENT, QEMU_ENVIRONMENT):
-        monkeypatch.delenv(variable, raising=False)
 
 
 # -- the guest's kernel -----------------------------------------------------------------------------------------------

@@ -13,25 +13,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cli_support import BALLOON, has_schema, run
+from cli_support import BALLOON, has_schema, run, script
 from click.testing import CliRunner
 
 from balloon_cli.commands import cli
 from balloon_cli.machine import MemoryRoom, memory_room
 from host_qemu_side.linux_guest import ptrace_xstate
-from host_qemu_side.linux_guest.kernel import KERNEL_ENVIRONMENT, MODULES_ENVIRONMENT, find_kernel
+from host_qemu_side.linux_guest.kernel import find_kernel
 
 MIB = 1 << 20
 
 
 def checks(report: dict[str, Any]) -> dict[str, dict[str, str]]:
     return {check["name"]: check for check in report["checks"]}
-
-
-@pytest.fixture
-def nothing_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    for variable in (KERNEL_ENVIRONMENT, MODULES_ENVIRONMENT):
-        monkeypatch.delenv(variable, raising=False)
 
 
 @pytest.mark.uml
@@ -70,6 +64,9 @@ def test_what_is_missing_is_named_and_what_needs_it_is_not_tried(tmp_path: Path,
         assert f"apt install {package}" in shown.output
     assert "migrate a Python guest with hints: yes, it was done" in shown.output
     assert "migrate a Linux guest with hints: not tried" in shown.output
+    names = checks(json.loads(run("doctor", "--json", "--work-dir", str(tmp_path)).stdout))
+    states = ("ok ", "missing ", "not usable ", "not tried ")
+    assert len([line for line in shown.stdout.splitlines() if line.startswith(states)]) == len(names)
     (line,) = (line for line in shown.output.splitlines() if line.startswith("not tried"))
     assert "no C compiler, no user-mode-linux" in line
     assert list(tmp_path.iterdir()) == []
@@ -94,12 +91,9 @@ def test_without_a_python_guest_it_exits_with_3(tmp_path: Path) -> None:
 @pytest.mark.uml
 def test_a_linux_guest_that_does_not_boot_is_no(tmp_path: Path) -> None:
     """It is all there, and it does not work: that is what is said, with the line that decides."""
-    broken = tmp_path / "linux"
     real = find_kernel()
-    broken.write_text(
-        f'#!/bin/sh\n[ "$1" = --version ] && exec {real.path} --version\necho "out of luck, errno = 99"; exit 1\n'
-    )
-    broken.chmod(0o755)
+    asked = f'[ "$1" = --version ] && exec {real.path} --version'
+    broken = script(tmp_path / "linux", f'{asked}\necho "out of luck, errno = 99"; exit 1')
     chosen = ["--linux", str(broken), "--modules", str(real.module.parents[3])]
     report = json.loads(run("doctor", "--json", "--work-dir", str(tmp_path), *chosen, timeout=120).stdout)
     assert report["usable"]

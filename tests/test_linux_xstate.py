@@ -10,11 +10,12 @@ import sys
 from pathlib import Path
 
 import pytest
+from cli_support import script
 
 from host_qemu_side.linux_guest import LinuxGuest, initramfs, ptrace_xstate
-from host_qemu_side.linux_guest.compiled import compiled
 from host_qemu_side.linux_guest.kernel import GuestKernel, find_kernel
 from host_qemu_side.linux_guest.ptrace_xstate import KNOWN_BYTES, PtraceXstate, XstateCounts
+from host_qemu_side.linux_guest.work_folder import compiled
 from vring.errors import MissingFacility, PeerVanished, UsageError
 
 MIB = 1 << 20
@@ -141,7 +142,7 @@ def test_a_file_that_others_may_have_put_there_is_not_used(
     elif planted == "another user's":
         another_user(monkeypatch, made)
         if os.geteuid() == 65534:
-            monkeypatch.setattr("host_qemu_side.linux_guest.compiled.own_folder", lambda folder: None)
+            monkeypatch.setattr("host_qemu_side.linux_guest.work_folder.own_folder", lambda folder: None)
     else:
         made.rename(tmp_path / "elsewhere")
         plant = {
@@ -264,9 +265,7 @@ def test_preloaded_and_never_called_is_an_error(tmp_path: Path, monkeypatch: pyt
 def test_a_program_that_ignores_it_is_named_also_if_it_does_not_boot(tmp_path: Path) -> None:
     """A setuid program is not preloaded into, for instance: on a host that needs it the guest panics."""
     real = find_kernel()
-    bare = tmp_path / "bare"
-    bare.write_text('#!/bin/sh\necho "Checking that ptrace can change system call numbers...OK"\n')
-    bare.chmod(0o755)
+    bare = script(tmp_path / "bare", 'echo "Checking that ptrace can change system call numbers...OK"')
     kernel = GuestKernel(bare, real.module, real.release)
     with (
         LinuxGuest(128 * MIB, tmp_path / "w", kernel=kernel, complete_xstate=True) as guest,

@@ -13,8 +13,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from host_qemu_side.linux_guest.compiled import compiled, kept
 from host_qemu_side.linux_guest.kernel import GuestKernel, find_kernel
+from host_qemu_side.linux_guest.work_folder import compiled, kept
 from vring.errors import MissingFacility
 
 __all__ = ["Entry", "build", "cpio", "find_busybox"]

@@ -15,7 +15,7 @@ from pathlib import Path
 from vring.errors import MissingFacility, UsageError
 from vring.programs import Origin, origin_of, version_of
 
-__all__ = ["KERNEL_ENVIRONMENT", "MODULES_ENVIRONMENT", "PACKAGE", "GuestKernel", "find_kernel"]
+__all__ = ["KERNEL_ENVIRONMENT", "MODULES_ENVIRONMENT", "GuestKernel", "find_kernel"]
 
 PACKAGE = "user-mode-linux"
 KERNEL_ENVIRONMENT, MODULES_ENVIRONMENT = "BALLOON_LINUX", "BALLOON_LINUX_MODULES"

@@ -24,11 +24,11 @@ from typing import TypeVar
 
 from host_qemu_side.linux_guest import initramfs as _initramfs
 from host_qemu_side.linux_guest import ptrace_xstate
-from host_qemu_side.linux_guest.compiled import own_folder
 from host_qemu_side.linux_guest.console import CommandResult, Console
 from host_qemu_side.linux_guest.kernel import GuestKernel, find_kernel
 from host_qemu_side.linux_guest.mconsole import Reply, Request
 from host_qemu_side.linux_guest.ptrace_xstate import PtraceXstate, XstateCounts
+from host_qemu_side.linux_guest.work_folder import own_folder
 from vring.errors import MissingFacility, PeerVanished, UsageError
 
 __all__ = ["LinuxGuest", "Serve"]

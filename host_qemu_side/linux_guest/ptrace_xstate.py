@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import cache as cached
 from pathlib import Path
 
-from host_qemu_side.linux_guest.compiled import compiled
+from host_qemu_side.linux_guest.work_folder import compiled
 from vring.backing import close_with
 from vring.errors import UsageError
 from vring.programs import run_program

@@ -1,4 +1,4 @@
-"""Files that are made once and kept in the work folder, some by compiling: whole, and nobody else's."""
+"""The work folder, and what is made once and kept in it, some by compiling: whole, and nobody else's."""
 
 from __future__ import annotations
 
