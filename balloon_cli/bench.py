@@ -23,6 +23,7 @@ from rich.console import Console
 from rich.table import Table
 
 from balloon_cli._bench import ffi, lib
+from balloon_cli.streams import result
 from vring.errors import MissingFacility, PeerVanished, VirtioError
 from vring.memory import GuestMemory
 from vring.split import SEG_WRITE, DeviceQueue, DriverQueue, QueueLayout
@@ -342,26 +343,42 @@ def _table(report: dict[str, Any]) -> Table:
     return table
 
 
-@click.group()
+def _print(report: dict[str, Any], out: Console) -> None:
+    out.print(_table(report))
+    out.print(f"one line to the other processor and back: {report['line_round_trip_ns']:.0f} ns")
+    for bar in report["bars"]:
+        verdict = "holds" if bar["holds"] else "MISSED"
+        out.print(f"bar {bar['name']} <= {bar['limit']}: {bar['value']:.2f}, {verdict}")
+
+
+@click.group(
+    epilog="""\b
+Examples:
+  balloon bench ring
+  balloon bench ring --help                  all options
+"""
+)
 def bench() -> None:
     """Measure what things cost on this machine."""
 
 
-@bench.command()
-@click.option("--buffers", default=2_000_000, show_default=True, type=click.IntRange(min=1024), help="Buffers per run.")
+@bench.command(
+    epilog="""\b
+Examples:
+  balloon bench ring
+  balloon bench ring --repeats 15 --json > ring.json
+"""
+)
+@click.option(
+    "--buffers", default=2_000_000, show_default=True, type=click.IntRange(1024, 1 << 40), help="Buffers per run."
+)
 @click.option(
     "--repeats", default=7, show_default=True, type=click.IntRange(min=1), help="Rounds; medians are reported."
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
 @click.option("--check", is_flag=True, help="Exit with 1 if a bar is missed.")
 def ring(buffers: int, repeats: int, as_json: bool, check: bool) -> None:
-    r"""Time the split ring against a plain one.
-
-    \b
-    Examples:
-      balloon bench ring
-      balloon bench ring --repeats 15 --json > ring.json
-    """
+    """Time the split ring against a plain one."""
     console = Console(stderr=True)
 
     def progress(at: int, total: int, title: str) -> None:
@@ -369,14 +386,10 @@ def ring(buffers: int, repeats: int, as_json: bool, check: bool) -> None:
             console.print(f"[{at}/{total}] {title}".ljust(79), end="\r", markup=False, highlight=False)
 
     report = bench_ring(buffers=buffers, repeats=repeats, progress=progress)
-    if as_json:
-        click.echo(json_module.dumps(report, indent=2))
-    else:
-        out = Console()
-        out.print(_table(report))
-        out.print(f"one line to the other processor and back: {report['line_round_trip_ns']:.0f} ns")
-        for bar in report["bars"]:
-            verdict = "holds" if bar["holds"] else "MISSED"
-            out.print(f"bar {bar['name']} <= {bar['limit']}: {bar['value']:.2f}, {verdict}")
+    with result() as out:
+        if as_json:
+            print(json_module.dumps(report, indent=2))
+        else:
+            _print(report, out)
     if check and not all(bar["holds"] for bar in report["bars"]):
         sys.exit(1)

@@ -18,23 +18,32 @@ from balloon_cli.bench import bench
 from balloon_cli.ctl import ctl
 from balloon_cli.doctor import DoctorOptions
 from balloon_cli.drive_commands import compare, drive
-from balloon_cli.errors import MISSING, USAGE, VANISHED, exit_code
+from balloon_cli.errors import MISSING, OK, USAGE, VANISHED, exit_code, message
+from balloon_cli.guests import check_linux_guest, check_python_guest, require_memory
 from balloon_cli.live import LiveProgress, make_progress
-from balloon_cli.migrate import MigrateOptions, migrate_all
-from balloon_cli.options import SECONDS, SIZE, fail_if, linux_options, qemu_option, set_up_logging
+from balloon_cli.migrate import MigrateOptions, migrate_all, places
+from balloon_cli.options import (
+    BANDWIDTH,
+    SECONDS,
+    SEED,
+    SIZE,
+    chosen_folder,
+    fail_if,
+    linux_options,
+    qemu_option,
+    set_up_logging,
+)
 from balloon_cli.receive import ReceiveOptions, receive_guest
 from balloon_cli.serve import serve
+from balloon_cli.streams import result
 from balloon_dev.profiles import PROFILES, profile_named
-from guest_driver.workloads import FORMS, parse_workload
 from host_qemu_side.migration import Limits
-from host_qemu_side.migration.output import parse_address
+from host_qemu_side.migration.address import parse_address
+from host_qemu_side.migration.output import try_name
 from vring.errors import PeerVanished, UsageError, VirtioError
 from vring.sizes import format_size
 
 __all__ = ["cli", "run"]
-
-
-MIN_MEMORY = 16 << 20
 
 
 @click.group(
@@ -54,7 +63,8 @@ Exit codes: 0 success, 1 an invariant failed, 2 usage, 3 the machine lacks somet
 def cli() -> None:
     """Both halves of virtio-balloon with free page hints, and the live migration they are for.
 
-    Results go to stdout, progress to stderr. Every command has --json.
+    Results go to stdout, progress and errors to stderr. Every command that has a result prints it with --json as one
+    JSON object.
     """
 
 
@@ -103,7 +113,7 @@ Exit code 1 says that the oracle or the resumed guest found a wrong page.
     help="With free page hints, without, or both after one another, with two guests (to a socket: on, if not given).",
 )
 @click.option("--to", default="spawn", show_default=True, metavar="DESTINATION", help="Where to; see below.")
-@click.option("--bandwidth", type=SIZE, default="128M", show_default=True, help="Bytes per second, 0 for no limit.")
+@click.option("--bandwidth", type=BANDWIDTH, default="128M", show_default=True, help="Bytes/s, 0 for no limit.")
 @click.option(
     "--downtime-limit",
     type=SECONDS,
@@ -151,12 +161,11 @@ Exit code 1 says that the oracle or the resumed guest found a wrong page.
 )
 @click.option(
     "--work-dir",
-    default="",
     metavar="FOLDER",
     help="For the Linux guest's RAM file: a folder on ext4 or xfs. Default: one in /var/tmp.",
 )
 @linux_options
-@click.option("--seed", type=int, default=1, show_default=True, help="Of the guest's contents and choices.")
+@click.option("--seed", type=SEED, default=1, show_default=True, help="Of the guest's contents and choices.")
 @click.option(
     "--batch",
     type=click.IntRange(1, 1024),
@@ -182,38 +191,51 @@ def migrate(ctx: click.Context, /, **options: Any) -> None:
     set_up_logging(verbose, console if isinstance(progress, LiveProgress) else None)
     limits = Limits(float(options.pop("bandwidth")), options.pop("downtime_limit"), options.pop("max_rounds"))
     profile = profile_named(options.pop("profile"))
-    result = migrate_all(MigrateOptions(limits=limits, profile=profile, verbose=verbose > 0, **options), progress)
-    if as_json:
-        click.echo(json.dumps(result))
-    else:
-        report.print_migration(result, Console(), verbose=verbose)
-    fail_if(report.findings(result))
+    found = migrate_all(MigrateOptions(limits=limits, profile=profile, verbose=verbose > 0, **options), progress)
+    with result() as out:
+        if as_json:
+            print(json.dumps(found))
+        else:
+            report.print_migration(found, out, verbose=verbose)
+    fail_if(report.findings(found))
 
 
 def _check_values(ctx: click.Context, options: dict[str, Any]) -> None:
-    """Refuse what cannot work before anything is started."""
-    if options["memory"] < MIN_MEMORY:
-        raise click.BadParameter(f"{format_size(options['memory'])} is too little, at least 16M", param_hint="--memory")
-    if options["guest"] == "python":
-        try:
-            parse_workload(options["workload"])
-        except UsageError as error:
-            text = str(error) if FORMS in str(error) else f"{error}; valid are: {FORMS}"
-            raise click.BadParameter(text, param_hint="--workload") from error
-        if options["dirty_log"] == "cachestat":
-            raise click.BadParameter("cachestat is for --guest linux", param_hint="--dirty-log")
-        for name in ("linux", "modules"):
-            if options[name]:
-                raise click.BadParameter("it is for --guest linux", param_hint=f"--{name}")
-    if options["to"] == "spawn":
-        return
+    """Refuse what cannot work before anything is started, first of all for what is written wrongly."""
+    linux = options["guest"] == "linux"
+    for name in () if linux else ("linux", "modules", "work_dir"):
+        if options[name]:
+            raise click.BadParameter("it is for --guest linux", param_hint=f"--{name.replace('_', '-')}")
+    if options["dirty_log"] not in ("auto", *(("cachestat",) if linux else ("software", "wp-async"))):
+        other = "linux" if options["dirty_log"] == "cachestat" else "python"
+        raise click.BadParameter(f"{options['dirty_log']} is for --guest {other}", param_hint="--dirty-log")
+    (check_linux_guest if linux else check_python_guest)(options["memory"], options["workload"])
+    if options["work_dir"] is not None:
+        chosen_folder(options["work_dir"], "--work-dir")
+    options["work_dir"] = options["work_dir"] or ""
+    if options["to"] != "spawn":
+        _check_destination(ctx, options)
+    require_memory(
+        options["memory"], options["workload"], linux=linux, here=options["to"].startswith(("spawn", "file"))
+    )
+
+
+def _check_destination(ctx: click.Context, options: dict[str, Any]) -> None:
     try:
-        kind, rest = parse_address(options["to"])
+        address = parse_address(options["to"])
     except UsageError as error:
-        raise click.BadParameter(f"{error}, or spawn", param_hint="--to") from error
-    if kind == "file" and not os.access(Path(rest).parent, os.W_OK):
-        raise click.BadParameter(f"cannot write {rest}: no such folder, or no permission", param_hint="--to")
-    if kind != "file" and options["hints"] == "both":
+        raise click.BadParameter(str(error), param_hint="--to") from error
+    try:
+        if address.kind == "file":
+            for place in {options["to"], *places(options["to"], options["hints"]).values()}:
+                try_name(parse_address(place).path)
+        elif address.kind == "unix" and not os.path.isdir(os.path.dirname(address.path) or "."):
+            raise UsageError(f"{options['to']}: no such folder")
+        elif address.kind == "tcp" and not address.port:
+            raise UsageError(f"{options['to']}: nobody can be reached at port 0")
+    except UsageError as error:
+        raise click.BadParameter(str(error), param_hint="--to") from error
+    if address.kind != "file" and options["hints"] == "both":
         if ctx.get_parameter_source("hints") is ParameterSource.COMMANDLINE:
             raise click.BadParameter(
                 "both are two guests and a receiver takes one: choose on or off with --to a socket",
@@ -266,7 +288,7 @@ def receive(
     ADDRESS is unix:PATH, tcp:HOST:PORT or file:PATH. One guest is received, then the command ends.
     """
     try:
-        parse_address(address)
+        where = parse_address(address)
     except UsageError as error:
         raise click.BadParameter(str(error), param_hint="ADDRESS") from error
     if keep and no_resume:
@@ -277,17 +299,18 @@ def receive(
         if not quiet:
             print(f"balloon: {text}", file=sys.stderr, flush=True)
 
-    options = ReceiveOptions(address, not no_resume, keep, digests_fd, die_with_parent)
+    options = ReceiveOptions(where, not no_resume, keep, digests_fd, die_with_parent)
     try:
         facts = receive_guest(options, say)
     except PeerVanished:
-        if die_with_parent and address.startswith("fd:"):
+        if die_with_parent and where.kind == "fd":
             sys.exit(VANISHED)  # the source started this process: it knows, and says so
         raise
-    if as_json:
-        click.echo(json.dumps(facts))
-    elif not quiet:
-        report.print_reception(facts, Console())
+    with result() as out:
+        if as_json:
+            print(json.dumps(facts))
+        elif not quiet:
+            report.print_reception(facts, out)
     fail_if(report.resumed_findings(facts["resumed"]))
 
 
@@ -300,8 +323,8 @@ Examples:
 )
 @click.option(
     "--work-dir",
-    type=click.Path(path_type=Path),
-    default=Path("/var/tmp"),
+    metavar="FOLDER",
+    default="/var/tmp",
     show_default=True,
     help="Where the memory files of Linux guests would lie.",
 )
@@ -318,11 +341,14 @@ def doctor(as_json: bool, **options: Any) -> None:
     def say(text: str) -> None:
         print(f"balloon: {text}", file=sys.stderr, flush=True)
 
+    chosen_folder(options["work_dir"], "--work-dir")
+    options["work_dir"] = Path(options["work_dir"])
     found = doctor_module.examine(DoctorOptions(**options), say)
-    if as_json:
-        click.echo(json.dumps(found))
-    else:
-        doctor_module.print_findings(found, Console())
+    with result() as out:
+        if as_json:
+            print(json.dumps(found))
+        else:
+            doctor_module.print_findings(found, out)
     if not found["usable"]:
         sys.exit(MISSING)
 
@@ -335,7 +361,7 @@ cli.add_command(compare)
 
 
 def run(arguments: list[str] | None = None) -> int:
-    """Run a command; errors become one line on stderr. Return the exit code."""
+    """Run a command; errors become a line on stderr. Return the exit code."""
     try:
         # Without standalone mode click returns the code of `ctx.exit`, as --help and --version call it.
         return int(cli.main(args=arguments, prog_name="balloon", standalone_mode=False) or 0)
@@ -343,11 +369,14 @@ def run(arguments: list[str] | None = None) -> int:
         return _usage(error)
     except click.Abort:  # what click makes of KeyboardInterrupt
         raise KeyboardInterrupt from None
+    except SystemExit as stop:
+        if isinstance(stop.__context__, BrokenPipeError):  # how click ends when nobody reads the help
+            return OK
+        raise
     except BrokenPipeError:
-        sys.stdout = None  # who read the result has gone; nothing more to say
-        return 0
-    except (VirtioError, OSError) as error:
-        print(f"balloon: {error}", file=sys.stderr)
+        return OK
+    except (VirtioError, OSError, MemoryError) as error:
+        print(f"balloon: {message(error)}", file=sys.stderr)
         return exit_code(error)
 
 

@@ -12,9 +12,11 @@ from typing import Any
 
 import click
 
-from balloon_cli.options import SECONDS
-from vring.errors import DeviceError, PeerVanished, UsageError, VirtioError
+from balloon_cli.options import MAX_SECONDS, SECONDS
+from balloon_cli.streams import result
+from vring.errors import DeviceError, PeerVanished, UsageError, VirtioError, quoted
 from vring.sizes import format_size, parse_size
+from vring.unix_socket import is_misnamed, socket_path
 
 __all__ = ["CommandFailed", "MonitorClient", "ctl", "render"]
 
@@ -65,6 +67,8 @@ class MonitorClient:
     ------
     PeerVanished
         If nobody listens there or it goes away.
+    UsageError
+        If the path cannot be that of a socket, its folder is not there, or it is not permitted.
     DeviceError
         If it does not speak QMP.
     """
@@ -72,6 +76,7 @@ class MonitorClient:
     def __init__(self, path: str, timeout: float = 30.0) -> None:
         self.events: list[dict[str, Any]] = []
         """Events that came while replies were waited for."""
+        socket_path(path)
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self._socket.settimeout(timeout)
         try:
@@ -79,7 +84,8 @@ class MonitorClient:
         except OSError as error:
             self._socket.close()
             hint = "start `balloon serve SOCKET --monitor PATH` first"
-            raise PeerVanished(f"no monitor at {path}: {error.strerror or error}; {hint}") from error
+            kind = UsageError if is_misnamed(path, error) else PeerVanished
+            raise kind(f"no monitor at {path}: {error.strerror or error}; {hint}") from error
         self._buffer = bytearray()
         self.greeting = self.receive()
         if "QMP" not in self.greeting:
@@ -143,13 +149,13 @@ def parse_argument(text: str) -> tuple[str, Any]:
     """Return name and value of ``key=value``: JSON where it is such, sizes where bytes are meant, else text."""
     key, equals, value = text.partition("=")
     if not equals or not key:
-        raise UsageError(f"{text!r} is no argument; write key=value")
+        raise UsageError(f"{quoted(text)} is no argument; write key=value")
     if key in SIZES:
         with contextlib.suppress(UsageError):
             return key, parse_size(value)
     try:
         return key, json.loads(value)
-    except ValueError:
+    except (ValueError, RecursionError):
         return key, value
 
 
@@ -200,8 +206,22 @@ def _commands(commands: list[dict[str, Any]]) -> Iterator[str]:
     for command in commands:
         yield f"{command['name']:<{width}}  {command.get('help', '')}"
         for name, about in command.get("arguments", {}).items():
-            text = f"{name}={about['type']}"
-            yield f"{'':<{width}}    {f'[{text}]' if about['optional'] else text}  {about['help']}"
+            yield f"{'':<{width}}    {_form(name, about)}  {about['help']}"
+
+
+def _form(name: str, about: dict[str, Any]) -> str:
+    """Return how an argument is written, in brackets if it may be left out."""
+    text = f"{name}={about['type']}"
+    return f"[{text}]" if about["optional"] else text
+
+
+def _what_it_takes(client: MonitorClient, command: str) -> str:
+    """Return the arguments of a command in words, empty if the monitor does not tell."""
+    with contextlib.suppress(VirtioError, LookupError, TypeError, AttributeError):
+        known = {entry["name"]: entry["arguments"] for entry in client.execute("query-commands")}
+        forms = " ".join(_form(name, about) for name, about in known[command].items())
+        return f"; write `{command} {forms}`" if forms else f"; `{command}` takes no arguments"
+    return ""
 
 
 def _wait_migration(client: MonitorClient) -> dict[str, Any]:
@@ -237,31 +257,39 @@ def ctl(monitor: str, command: str | None, arguments: tuple[str, ...], **options
     as_json = options["as_json"]
     given = dict(parse_argument(text) for text in arguments)
     timeout = options["timeout"]
-    if command == "hint-run" and isinstance(given.get("deadline"), int | float):
-        timeout = max(timeout, given["deadline"] + 10)
+    deadline = given.get("deadline")
+    if command == "hint-run" and isinstance(deadline, int | float) and 0 <= deadline < MAX_SECONDS - 10:
+        timeout = max(timeout, deadline + 10)
     if command in ("qom-get", "qom-set"):
         given.setdefault("path", "/machine/peripheral/balloon0")
     client = MonitorClient(monitor, timeout)
     try:
         try:
-            result = client.execute(command or "query-commands", given)
+            found = client.execute(command or "query-commands", given)
             if command == "migrate" and options["wait"]:
-                result = _wait_migration(client)
+                found = _wait_migration(client)
         except CommandFailed as error:
             kind = {"DeviceNotActive": PeerVanished}.get(error.kind, UsageError)
             hint = f"; `balloon ctl {monitor}` lists the commands" if error.kind == "CommandNotFound" else ""
+            if str(error).startswith(("Parameter", "Invalid parameter")):
+                hint = _what_it_takes(client, str(command))
             raise kind(f"{command}: {error}{hint}") from error
     finally:
         client.close()
+    with result():
+        _print(command or "query-commands", found, as_json)
+    _judge(command, options["wait"], found)
+
+
+def _print(command: str, found: Any, as_json: bool) -> None:
     if as_json:
-        print(json.dumps({"schema_version": 1, "command": command or "query-commands", "return": result}))
-    elif command is None or command == "query-commands":
-        print("\n".join(_commands(result)))
-    elif isinstance(result, dict) and set(result) == {"human-readable-text"}:
-        print(result["human-readable-text"])
-    elif result not in ({}, []):
-        print("\n".join(render(result)))
-    _judge(command, options["wait"], result)
+        print(json.dumps({"schema_version": 1, "command": command, "return": found}))
+    elif command == "query-commands":
+        print("\n".join(_commands(found)))
+    elif isinstance(found, dict) and set(found) == {"human-readable-text"}:
+        print(found["human-readable-text"])
+    elif found not in ({}, []):
+        print("\n".join(render(found)))
 
 
 def _judge(command: str | None, waited: bool, result: Any) -> None:

@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.text import Text
 
 from balloon_cli import report
-from balloon_cli.machine import memory_room, mounts
+from balloon_cli.machine import address_room, memory_room, mounts
 from balloon_cli.migrate import MigrateOptions, Progress, migrate_all
 from balloon_dev.profiles import SPEC
 from guest_driver.qemu import find_qemu
@@ -294,7 +294,7 @@ def _qemu(options: DoctorOptions) -> str:
 
 
 def _memory() -> str:
-    room = memory_room()
+    room = min((memory_room(), *filter(None, [address_room()])), key=lambda room: room.available)
     text = f"{format_size(room.available)} available of {format_size(room.total)}, by {room.limit}"
     if room.available < 1 << 30:
         raise _Problem(NOT_USABLE, text, "a migration of 1 GiB holds it twice: use --memory 256M or less")

@@ -14,12 +14,14 @@ from rich.text import Text
 from balloon_cli import report
 from balloon_cli.compare import CompareOptions, compare_all
 from balloon_cli.drive import DriveOptions, drive_all, drive_findings, drive_summary
+from balloon_cli.guests import check_python_guest, require_memory
 from balloon_cli.live import LiveProgress, make_progress
 from balloon_cli.migrate import Progress
-from balloon_cli.options import SECONDS, SIZE, fail_if, qemu_option, set_up_logging
+from balloon_cli.options import BANDWIDTH, SECONDS, SEED, SIZE, fail_if, qemu_option, set_up_logging
+from balloon_cli.streams import result
 from guest_driver.qemu.launch import MAX_MEMORY
-from guest_driver.workloads import FORMS, parse_workload
-from vring.errors import UsageError
+from guest_driver.qemu.machine import LOW_MEMORY
+from guest_driver.workloads import FORMS
 from vring.sizes import format_size
 
 __all__ = ["compare", "drive"]
@@ -34,16 +36,62 @@ def _shared(hints: str) -> Callable[[Command], Command]:
     choices: list[Callable[[Command], Command]] = [
         click.option("--memory", type=SIZE, default="1G", show_default=True, help="RAM of the guest, 32M to 2G."),
         click.option("--workload", default="churn:20%@32M", show_default=True, help=f"What the guest does: {FORMS}"),
-        click.option("--hints", type=click.Choice(["on", "off", "both"]), default=hints, show_default=True),
-        click.option("--bandwidth", type=SIZE, default="128M", show_default=True, help="Bytes/s, 0 for no limit."),
-        click.option("--transport", type=click.Choice(["mmio", "pci"]), default="mmio", show_default=True),
+        click.option(
+            "--hints",
+            type=click.Choice(["on", "off", "both"]),
+            default=hints,
+            show_default=True,
+            help="With free page hints, without, or both after one another, with two guests.",
+        ),
+        click.option("--bandwidth", type=BANDWIDTH, default="128M", show_default=True, help="Bytes/s, 0 for no limit."),
+        click.option(
+            "--transport",
+            type=click.Choice(["mmio", "pci"]),
+            default="mmio",
+            show_default=True,
+            help="How the balloon is reached: virtio-mmio (machine microvm) or virtio-pci (machine q35).",
+        ),
         qemu_option,
-        click.option("--downtime-limit", type=SECONDS, default=0.3, show_default=True, metavar="SECONDS"),
-        click.option("--max-rounds", type=click.IntRange(1), default=30, show_default=True, metavar="N"),
-        click.option("--warm-up", type=SECONDS, default=0.2, show_default=True, metavar="SECONDS"),
-        click.option("--dirty-log", type=click.Choice(["auto", "wp-async", "software"]), default="auto"),
-        click.option("--batch", type=click.IntRange(1, 1024), default=64, show_default=True, metavar="N"),
-        click.option("--seed", type=int, default=1, show_default=True, help="Of contents and choices."),
+        click.option(
+            "--downtime-limit",
+            type=SECONDS,
+            default=0.3,
+            show_default=True,
+            metavar="SECONDS",
+            help="The guest is frozen when what is left can be sent in this time.",
+        ),
+        click.option(
+            "--max-rounds",
+            type=click.IntRange(1),
+            default=30,
+            show_default=True,
+            metavar="N",
+            help="The guest is frozen after so many rounds however much is left.",
+        ),
+        click.option(
+            "--warm-up",
+            type=SECONDS,
+            default=0.2,
+            show_default=True,
+            metavar="SECONDS",
+            help="Let the workload run before the migration begins.",
+        ),
+        click.option(
+            "--dirty-log",
+            type=click.Choice(["auto", "wp-async", "software"]),
+            default="auto",
+            show_default=True,
+            help="How the writes are found that are marked for QEMU.",
+        ),
+        click.option(
+            "--batch",
+            type=click.IntRange(1, 1024),
+            default=64,
+            show_default=True,
+            metavar="N",
+            help="Blocks the guest hints at a time.",
+        ),
+        click.option("--seed", type=SEED, default=1, show_default=True, help="Of contents and choices."),
         click.option("--json", "as_json", is_flag=True, help="Print the result as one JSON object on stdout."),
         click.option("-v", "--verbose", count=True, help="Show each round; twice: log everything."),
     ]
@@ -61,10 +109,8 @@ def _start(name: str, options: dict[str, Any], verbose: int) -> tuple[DriveOptio
     memory = options["memory"]
     if memory % (1 << 20) or not MIN_MEMORY <= memory <= MAX_MEMORY:
         raise click.BadParameter(f"{format_size(memory)}: whole MiB from 32M to 2G", param_hint="--memory")
-    try:
-        parse_workload(options["workload"])
-    except UsageError as error:
-        raise click.BadParameter(str(error), param_hint="--workload") from error
+    check_python_guest(memory, options["workload"], least=MIN_MEMORY, low=LOW_MEMORY)
+    require_memory(memory, options["workload"])
     console = Console(stderr=True)
     title = f"{name}: {format_size(memory)} guest, {options['workload']}, seed {options['seed']}"
     progress = make_progress(title, console, verbose=verbose)
@@ -93,15 +139,15 @@ def drive(as_json: bool, verbose: int, **options: Any) -> None:
     it to a second QEMU while it runs, where it goes on without a reset. Every page is compared.
     """
     chosen, progress = _start("drive", options, verbose)
-    result = drive_all(chosen, progress)
-    if as_json:
-        click.echo(json.dumps(result))
-    else:
-        console = Console()
-        for line in drive_summary(result):
-            console.print(Text(line), soft_wrap=True)
-        report.print_migration(result, console, verbose=verbose)
-    fail_if([*drive_findings(result), *report.findings(result)])
+    found = drive_all(chosen, progress)
+    with result() as out:
+        if as_json:
+            print(json.dumps(found))
+        else:
+            for line in drive_summary(found):
+                out.print(Text(line), soft_wrap=True)
+            report.print_migration(found, out, verbose=verbose)
+    fail_if([*drive_findings(found), *report.findings(found)])
 
 
 @click.command(
@@ -121,14 +167,15 @@ def compare(as_json: bool, verbose: int, repeats: int, check: bool, **options: A
     Same driver, seed, workload and bandwidth; QEMU counts its own bytes and times, and so do we.
     """
     chosen, progress = _start("compare", options, verbose)
-    result = compare_all(CompareOptions(chosen, repeats), progress)
-    if as_json:
-        click.echo(json.dumps(result))
-    else:
-        _print_comparison(result, Console())
-    found = report.findings(result)
+    compared = compare_all(CompareOptions(chosen, repeats), progress)
+    with result() as out:
+        if as_json:
+            print(json.dumps(compared))
+        else:
+            _print_comparison(compared, out)
+    found = report.findings(compared)
     if check:
-        found += [f"ours exceeds QEMU's: {row['ratio']}" for row in result["medians"] if not row["holds"]]
+        found += [f"ours exceeds QEMU's: {row['ratio']}" for row in compared["medians"] if not row["holds"]]
     fail_if(found)
 
 

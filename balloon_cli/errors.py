@@ -2,12 +2,40 @@
 
 from __future__ import annotations
 
+import errno
+import resource
+
 from host_qemu_side.migration import Cancelled
 from vring.errors import DeviceError, DriverError, MissingFacility, PeerVanished, UsageError, VirtioError
 
-__all__ = ["INTERRUPTED", "INVARIANT", "OK", "InvariantFailed", "exit_code"]
+__all__ = ["INTERRUPTED", "INVARIANT", "OK", "InvariantFailed", "exit_code", "message"]
 
 OK, INVARIANT, USAGE, MISSING, PROTOCOL, VANISHED, INTERRUPTED = 0, 1, 2, 3, 4, 5, 130
+
+_NAMED_WRONG = {
+    errno.EACCES,
+    errno.EBADF,
+    errno.EEXIST,
+    errno.EISDIR,
+    errno.ELOOP,
+    errno.ENAMETOOLONG,
+    errno.ENOENT,
+    errno.ENOTDIR,
+    errno.ENOTEMPTY,
+    errno.EPERM,
+    errno.EROFS,
+    errno.ETXTBSY,
+}
+"""What the system says of a file, folder or permission: whoever named it can name another."""
+_TODO = {
+    errno.EMFILE: "allow more open files with ulimit -n",
+    errno.ENFILE: "close some programs",
+    errno.ENOMEM: "give the guest less with --memory, or raise the limit (ulimit -v, control group)",
+    errno.ENOSPC: "free some space",
+    errno.EDQUOT: "free some space",
+    errno.EAGAIN: "allow more processes with ulimit -u",
+    errno.ENOSYS: "take a newer kernel",
+}
 
 
 class InvariantFailed(VirtioError):
@@ -22,10 +50,27 @@ def exit_code(error: BaseException) -> int:
         return INVARIANT
     if isinstance(error, UsageError):
         return USAGE
-    if isinstance(error, MissingFacility):
+    if isinstance(error, (MissingFacility, MemoryError)):
         return MISSING
-    if isinstance(error, PeerVanished):
+    if isinstance(error, (PeerVanished, ConnectionError)):
         return VANISHED
-    if isinstance(error, (DriverError, DeviceError, VirtioError)):
-        return PROTOCOL
-    return VANISHED if isinstance(error, ConnectionError) else INVARIANT
+    if isinstance(error, OSError):
+        return USAGE if error.errno in _NAMED_WRONG else MISSING
+    return PROTOCOL if isinstance(error, (DriverError, DeviceError, VirtioError)) else INVARIANT
+
+
+def message(error: BaseException) -> str:
+    """Return an error in one line, with what was noted about it on its way (`BaseException.add_note`)."""
+    text = str(error)
+    if isinstance(error, MemoryError):
+        text = f"there is not enough memory: {_TODO[errno.ENOMEM]}"
+    elif isinstance(error, OSError) and not isinstance(error, VirtioError):
+        text = error.strerror or text or type(error).__name__
+        if error.filename:
+            text = f"{error.filename}: {text}"
+        if error.errno == errno.EMFILE:
+            text += f" ({resource.getrlimit(resource.RLIMIT_NOFILE)[0]} are allowed)"
+        if error.errno in _TODO:
+            text += f": {_TODO[error.errno]}"
+    notes = [f"({note})" for note in getattr(error, "__notes__", ())]
+    return " ".join(" ".join([text, *notes]).split("\n"))

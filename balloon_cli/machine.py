@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["MemoryRoom", "Mount", "memory_room", "mounts"]
+__all__ = ["MemoryRoom", "Mount", "address_room", "memory_room", "mounts"]
 
 UNLIMITED = 1 << 60
 """What version 1 writes for "no limit" is a little less than 2 to the 63."""
@@ -31,7 +31,7 @@ class MemoryRoom:
 
 
 def memory_room(proc: Path = Path("/proc")) -> MemoryRoom:
-    """Return the closest bound: of the machine, of each control group above this process, of its address space.
+    """Return the closest bound: of the machine, or of a control group above this process.
 
     Parameters
     ----------
@@ -41,11 +41,22 @@ def memory_room(proc: Path = Path("/proc")) -> MemoryRoom:
     facts = dict(line.split(":", 1) for line in (proc / "meminfo").read_text().splitlines())
     total, available = (int(facts[name].split()[0]) << 10 for name in ("MemTotal", "MemAvailable"))
     found = [MemoryRoom(available, total, "this machine"), *_groups(proc)]
-    soft, _ = resource.getrlimit(resource.RLIMIT_AS)
-    if soft != resource.RLIM_INFINITY:
-        taken = int((proc / "self/statm").read_text().split()[0]) * resource.getpagesize()
-        found.append(MemoryRoom(max(0, soft - taken), soft, "the limit of address space (ulimit -v)"))
     return min(found, key=lambda room: room.available)
+
+
+def address_room(proc: Path = Path("/proc")) -> MemoryRoom | None:
+    """Return what this process can still map, used or not, if that is limited; each process has as much for itself.
+
+    Parameters
+    ----------
+    proc
+        Where the process file system is.
+    """
+    soft, _ = resource.getrlimit(resource.RLIMIT_AS)
+    if soft == resource.RLIM_INFINITY:
+        return None
+    taken = int((proc / "self/statm").read_text().split()[0]) * resource.getpagesize()
+    return MemoryRoom(max(0, soft - taken), soft, "the limit of address space (ulimit -v)")
 
 
 @dataclass(frozen=True, slots=True)

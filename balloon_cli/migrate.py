@@ -11,17 +11,18 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from balloon_cli.errors import InvariantFailed
+from balloon_cli.errors import MISSING, InvariantFailed
 from balloon_cli.read_back import read_back
 from balloon_dev.profiles import Profile
 from host_qemu_side.migration import Cancelled, Limits, Migration
-from host_qemu_side.migration.output import FileOutput, SocketOutput, connect, parse_address
+from host_qemu_side.migration.connecting import connect
+from host_qemu_side.migration.output import FileOutput, SocketOutput
 from host_qemu_side.python_guest import PythonGuest
 from host_qemu_side.source import Outcome, SourceHost
 from host_qemu_side.witness import Witness
-from vring.errors import PeerVanished, VirtioError
+from vring.errors import MissingFacility, PeerVanished, VirtioError
 
-__all__ = ["MigrateOptions", "Progress", "migrate_all", "spawn_receiver"]
+__all__ = ["MigrateOptions", "Progress", "migrate_all", "places", "spawn_receiver"]
 
 REPORT_TIMEOUT = 120.0
 
@@ -150,8 +151,6 @@ def migrate_all(options: MigrateOptions, progress: Progress) -> dict[str, Any]:
         What went wrong.
     """
     parse = {"on": [True], "off": [False], "both": [False, True]}[options.hints]
-    if options.to != "spawn":
-        parse_address(options.to)
     if options.guest == "linux":
         from balloon_cli.migrate_linux import migrate_linux as migrate_one
     else:
@@ -192,16 +191,18 @@ def migrate_all(options: MigrateOptions, progress: Progress) -> dict[str, Any]:
     return result
 
 
-def place(options: MigrateOptions, hints: bool) -> str:
-    """Return the destination of one run; two runs into one file get two files."""
-    if options.hints == "both" and options.to.startswith("file:"):
-        return f"{options.to}.hints-{'on' if hints else 'off'}"
-    return options.to
+def places(to: str, hints: str) -> dict[bool, str]:
+    """Return the destination of the run without hints (False) and of that with (True); two files, if it is one."""
+    if hints == "both" and to.startswith("file:"):
+        return {on: f"{to}.hints-{'on' if on else 'off'}" for on in (False, True)}
+    return {False: to, True: to}
 
 
 @contextlib.contextmanager
-def destination(options: MigrateOptions, hints: bool) -> Iterator[SocketOutput | FileOutput]:
-    """Open where the stream of one run goes."""
+def destination(
+    options: MigrateOptions, hints: bool, wait: Callable[[float], None]
+) -> Iterator[SocketOutput | FileOutput]:
+    """Open where the stream of one run goes; `wait` serves the guest until somebody is there."""
     if options.to == "spawn":
         with spawn_receiver() as (output, process):
             try:
@@ -209,14 +210,14 @@ def destination(options: MigrateOptions, hints: bool) -> Iterator[SocketOutput |
             except PeerVanished as error:
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     process.wait(0.5)
-                if process.poll():
-                    how = (
-                        f"signal {-process.returncode}" if process.returncode < 0 else f"exit code {process.returncode}"
-                    )
-                    raise PeerVanished(f"{error} (the receiver ended with {how})") from error
+                code = process.poll()
+                if code:
+                    how = f"signal {-code}" if code < 0 else f"exit code {code}"
+                    kind = MissingFacility if code == MISSING else PeerVanished
+                    raise kind(f"{error} (the receiver ended with {how})") from error
                 raise
         return
-    out = connect(place(options, hints))
+    out = connect(places(options.to, options.hints)[hints], wait)
     try:
         yield out
     finally:
@@ -248,7 +249,7 @@ def migrate_python(
             host.loop.tick = progress.tick  # from here on the migration itself asks whether to stop
             log = guest.dirty_log(options.dirty_log, host.track_device_writes())
             try:
-                with destination(options, hints) as output:
+                with destination(options, hints, host.loop.run_once) as output:
                     outcome = host.migrate(
                         guest,
                         log,
@@ -262,9 +263,10 @@ def migrate_python(
                         report_timeout=REPORT_TIMEOUT,
                         stop_requested=stopped,
                     )
-            except (VirtioError, OSError) as error:
-                what = "the guest was handed over and does not go on here"
-                raise type(error)(f"{error} ({what if host.handed_over else _whole_again(guest, progress)})") from error
+            except (VirtioError, OSError, MemoryError) as error:
+                gone = "the guest was handed over and does not go on here"
+                error.add_note(gone if host.handed_over else _whole_again(guest, progress))
+                raise
             if isinstance(output, FileOutput):
                 progress.say("another process reads the file back and goes on with the guest")
                 judge_file(outcome, output.path, ticker(progress, stopped))

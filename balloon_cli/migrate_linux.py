@@ -157,7 +157,7 @@ def migrate_linux(
         host.loop.tick = progress.tick  # from here on the migration itself asks whether to stop
         log, refusal = handle.dirty_log(host.track_device_writes())
         try:
-            with destination(options, hints) as output:
+            with destination(options, hints, host.loop.run_once) as output:
                 outcome = host.migrate(
                     handle,
                     log,
@@ -169,8 +169,9 @@ def migrate_linux(
                     on_step=on_step,
                     stop_requested=stopped,
                 )
-        except (VirtioError, OSError) as error:
-            raise type(error)(f"{error} ({_goes_on(guest, handle, memory)})") from error
+        except (VirtioError, OSError, MemoryError) as error:
+            error.add_note(_goes_on(guest, handle, memory))
+            raise
         if hints and refusal is not None:
             outcome.result.hints_refused = refusal
             progress.say(f"hints refused: {refusal}")

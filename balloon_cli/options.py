@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import math
+import os
 import sys
+import tempfile
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +18,8 @@ from rich.logging import RichHandler
 from balloon_cli.errors import INVARIANT
 from guest_driver.qemu.package import QEMU_ENVIRONMENT
 from host_qemu_side.linux_guest.kernel import KERNEL_ENVIRONMENT, MODULES_ENVIRONMENT
-from vring.errors import UsageError
+from host_qemu_side.migration import MIN_BANDWIDTH
+from vring.errors import UsageError, quoted
 from vring.sizes import parse_size
 
 if TYPE_CHECKING:
@@ -24,7 +28,23 @@ if TYPE_CHECKING:
 else:
     _SizeBase = _SecondsBase = click.ParamType  # not generic before click 8.4
 
-__all__ = ["SECONDS", "SIZE", "Seconds", "Size", "fail_if", "linux_options", "qemu_option", "set_up_logging"]
+__all__ = [
+    "BANDWIDTH",
+    "MAX_SECONDS",
+    "SECONDS",
+    "SEED",
+    "SIZE",
+    "Seconds",
+    "Size",
+    "chosen_folder",
+    "fail_if",
+    "linux_options",
+    "qemu_option",
+    "set_up_logging",
+]
+
+MAX_SECONDS = 1e7
+"""Some months; waits of the system end not far beyond."""
 
 Command = Callable[..., Any]
 
@@ -45,7 +65,7 @@ class Size(_SizeBase):
 
 
 class Seconds(_SecondsBase):
-    """A time such as 0.3; neither negative nor infinite nor no number."""
+    """A time such as 0.3; neither negative nor longer than the system can wait, nor no number."""
 
     name = "seconds"
 
@@ -55,13 +75,28 @@ class Seconds(_SecondsBase):
             seconds = float(value)
         except ValueError:
             seconds = math.nan
-        if not 0 <= seconds < math.inf:
-            self.fail(f"{value!r} is no time in seconds; write it as 0.3 or 10", param, ctx)
+        if not 0 <= seconds <= MAX_SECONDS:
+            self.fail(f"{quoted(str(value))} is no time in seconds; write it as 0.3 or 10", param, ctx)
         return seconds
 
 
+class Bandwidth(Size):
+    """Bytes per second, such as 128M, or 0 for no limit."""
+
+    name = "size"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        """Parse it, and see that a migration can have it."""
+        size = super().convert(value, param, ctx)
+        if 0 < size < MIN_BANDWIDTH:
+            self.fail(f"{size} bytes per second are too few, at least {MIN_BANDWIDTH}, or 0 for no limit", param, ctx)
+        return size
+
+
 SIZE = Size()
+BANDWIDTH = Bandwidth()
 SECONDS = Seconds()
+SEED = click.IntRange(0, (1 << 64) - 1)
 
 
 def linux_options(command: Command) -> Command:
@@ -89,6 +124,24 @@ def qemu_option(command: Command) -> Command:
         metavar="PATH",
         help=f"QEMU's program, or the folder that has it. Default: ${QEMU_ENVIRONMENT}, or as installed.",
     )(command)
+
+
+def chosen_folder(folder: str, option: str) -> None:
+    """See that a folder somebody named is there and can be written in; none is made for him, he may have mistyped it.
+
+    Raises
+    ------
+    click.BadParameter
+        If it is not.
+    """
+    try:
+        if not folder:
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
+        tempfile.TemporaryFile(dir=folder).close()
+    except (OSError, ValueError) as error:
+        why = getattr(error, "strerror", None) or str(error)
+        text = f"no file can be made in {quoted(folder)}: {why}; name a folder that exists and is yours"
+        raise click.BadParameter(text, param_hint=option) from error
 
 
 def set_up_logging(verbose: int, console: Console | None) -> None:

@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from balloon_cli.errors import INVARIANT, OK, USAGE, VANISHED
+from balloon_cli.errors import INVARIANT, MISSING, OK, USAGE, VANISHED
 from host_qemu_side.migration.stream import StreamError
-from vring.errors import PeerVanished, UsageError
+from vring.errors import MissingFacility, PeerVanished, UsageError
 
 __all__ = ["read_back"]
 
@@ -38,7 +38,7 @@ def read_back(path: str, tick: Callable[[], None] = lambda: None) -> tuple[npt.N
 
     Raises
     ------
-    StreamError, PeerVanished, UsageError
+    StreamError, PeerVanished, MissingFacility, UsageError
         If the file cannot be read back; the message is the other process's.
     """
     digests_fd = os.memfd_create("page-digests", os.MFD_CLOEXEC)
@@ -59,7 +59,7 @@ def read_back(path: str, tick: Callable[[], None] = lambda: None) -> tuple[npt.N
             err.seek(0)
             if code not in (OK, INVARIANT):
                 why = err.read().decode(errors="replace").strip().removeprefix("balloon: ") or f"exit code {code}"
-                kind = {USAGE: UsageError, VANISHED: PeerVanished}.get(code, StreamError)
+                kind = {USAGE: UsageError, MISSING: MissingFacility, VANISHED: PeerVanished}.get(code, StreamError)
                 raise kind(f"the file does not read back: {why}")
             facts = json.loads(out.read())
         size = os.fstat(digests_fd).st_size

@@ -12,7 +12,7 @@ from typing import Any
 from guest_driver.process import die_with_parent as bind_to_parent
 from host_qemu_side.destination import accept, receive, resume
 from host_qemu_side.linux_guest import tags
-from host_qemu_side.migration.output import parse_address
+from host_qemu_side.migration.address import Address
 from host_qemu_side.migration.receiver import Receiver, ReceiverState
 from host_qemu_side.migration.stream import StreamError
 from vring.contents import digests_of
@@ -25,7 +25,7 @@ __all__ = ["ReceiveOptions", "receive_guest"]
 class ReceiveOptions:
     """What the command line asked for."""
 
-    address: str
+    address: Address
     resume: bool = True
     """Whether to go on with the guest."""
     keep: bool = False
@@ -84,10 +84,13 @@ def receive_guest(options: ReceiveOptions, say: Callable[[str], None] = lambda t
     if options.die_with_parent:
         bind_to_parent()
     with _Interrupts() as interrupts:
-        source = accept(
-            options.address, announce=lambda where: say(f"waiting for a migration at {where} (Ctrl-C to stop)")
-        )
         receiver = Receiver(inspect=_inspect)
+        source = accept(
+            options.address,
+            receiver.hello(),
+            announce=lambda where: say(f"waiting for a migration at {where} (Ctrl-C to stop)"),
+            on_stranger=lambda why: say(f"somebody connected, but {why}; still waiting for a migration"),
+        )
         facts: dict[str, Any] = {}
         try:
             try:
@@ -138,7 +141,7 @@ def _inspect(receiver: Receiver) -> dict[str, Any]:
 def _facts(receiver: Receiver, options: ReceiveOptions) -> dict[str, Any]:
     return {
         "schema_version": 1,
-        "from": options.address,
+        "from": str(options.address),
         "state": receiver.state.name.lower(),
         "guest": receiver.header.get("guest"),
         "memory_bytes": 0 if receiver.memory is None else receiver.memory.size,
@@ -211,14 +214,12 @@ def _write_digests(receiver: Receiver, fd: int) -> None:
         view = view[os.write(fd, view) :]
 
 
-def _with_place(error: VirtioError, address: str, receiver: Receiver) -> VirtioError:
+def _with_place(error: VirtioError, address: Address, receiver: Receiver) -> VirtioError:
     """Return the error with the place and what to do; its exit code stays."""
-    kind, rest = parse_address(address)
-    name = rest if kind == "file" else address
-    text = f"{name}: {error.message}"
-    if kind == "file" and not receiver.header:
+    text = f"{address.path if address.kind == 'file' else address}: {error.message}"
+    if address.kind == "file" and not receiver.header:
         text += "; is it a file that `balloon migrate --to file:PATH` wrote?"
-    elif kind == "file":
+    elif address.kind == "file":
         text += f"; write it again with `balloon migrate --to {address}`"
     if isinstance(error, PeerVanished):
         return PeerVanished(text)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from enum import Enum, IntFlag
 
-from vring.errors import UsageError
+from vring.errors import UsageError, quoted
 from vring.features import CommonFeature
 
 __all__ = [
@@ -68,9 +68,13 @@ def parse_features(text: str) -> int:
         If a name is unknown; the message lists them.
     """
     try:
-        return int(text, 0)
+        number = int(text, 0)
     except ValueError:
         pass
+    else:
+        if not 0 <= number < 1 << 64:
+            raise UsageError(f"{quoted(text)} is no set of features: they are 64 bits")
+        return number
     bits = 0
     for word in text.lower().replace("_", "-").split(","):
         name = word.strip()
@@ -79,10 +83,10 @@ def parse_features(text: str) -> int:
         elif name.removeprefix("-") in FEATURE_NAMES:
             bit = int(FEATURE_NAMES[name.removeprefix("-")])
             bits = bits & ~bit if name.startswith("-") else bits | bit
-        elif name not in ("none", ""):
+        elif name != "none":
             raise UsageError(
-                f"no feature {name!r}; there are {', '.join(FEATURE_NAMES)}, all, none, a minus sign before a name, "
-                "or a number"
+                f"no feature {quoted(name)}; there are {', '.join(FEATURE_NAMES)}, all, none, a minus sign before a "
+                "name, or a number"
             )
     return bits | RING_FEATURES
 

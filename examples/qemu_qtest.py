@@ -1,10 +1,12 @@
 """Drive the balloon of an unmodified QEMU without a guest kernel: inflate, statistics, deflate, a hint run.
 
 QEMU is started with qtest, a text protocol that reads and writes its registers; RAM is a memfd that both map, so the
-driver's rings lie where QEMU looks for them. Needs the package qemu-system-x86; says so and does nothing without it.
+driver's rings lie where QEMU looks for them. Needs the package qemu-system-x86; says so and ends with 3 without it.
 """
 
 from __future__ import annotations
+
+import sys
 
 from guest_driver.qemu import QemuGuest, QemuMachine, QemuOptions, migrate
 from vring.errors import MissingFacility
@@ -46,4 +48,5 @@ if __name__ == "__main__":
     try:
         main()
     except MissingFacility as error:
-        print(error)
+        print(error, file=sys.stderr)
+        sys.exit(3)

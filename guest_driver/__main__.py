@@ -3,50 +3,101 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import logging
 import signal
 import sys
+from collections.abc import Callable
+from typing import TypeVar
 
 from balloon_dev.features import parse_features
 from balloon_dev.profiles import PROFILES, profile_named
 from guest_driver.balloon import DEFAULT_FEATURES, FreeAt
+from guest_driver.fitting import check_memory, check_workload
 from guest_driver.process import GuestOptions, GuestProcess, die_with_parent
 from guest_driver.workloads import FORMS
-from vring.errors import DeviceError, MissingFacility, PeerVanished, UsageError, VirtioError
+from vring.errors import DeviceError, MissingFacility, PeerVanished, UsageError, VirtioError, quoted
 from vring.sizes import parse_size
 
 EXIT = {UsageError: 2, MissingFacility: 3, DeviceError: 4, PeerVanished: 5}
+LACKING = 3
+MAX_SECONDS = 1e7
 
 
-def _features(text: str) -> int:
+_T = TypeVar("_T")
+
+
+def _said(parse: Callable[[str], _T]) -> Callable[[str], _T]:
+    """Return a parser whose errors argparse repeats as they are."""
+
+    def parsed(text: str) -> _T:
+        try:
+            return parse(text)
+        except UsageError as error:
+            raise argparse.ArgumentTypeError(str(error)) from error
+
+    return parsed
+
+
+def _number(least: int, most: int) -> Callable[[str], int]:
+    """Return a parser of whole numbers, in any base as Python writes them."""
+
+    def parse(text: str) -> int:
+        try:
+            number = int(text, 0)
+        except ValueError:
+            number = least - 1
+        if not least <= number <= most:
+            raise UsageError(f"{quoted(text)} is no whole number from {least} to {most}")
+        return number
+
+    return _said(parse)
+
+
+def _seconds(text: str) -> float:
     try:
-        return parse_features(text)
-    except UsageError as error:
-        raise argparse.ArgumentTypeError(str(error)) from error
+        seconds = float(text)
+    except ValueError:
+        seconds = -1.0
+    if not 0 <= seconds <= MAX_SECONDS:
+        raise UsageError(f"{quoted(text)} is no time in seconds; write it as 0.3 or 10")
+    return seconds
+
+
+def _tell(text: str) -> None:
+    with contextlib.suppress(OSError):  # nobody may be there to read it
+        print(f"guest: {text}", file=sys.stderr, flush=True)
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Parse the arguments, run a guest, return the exit code."""
     parser = argparse.ArgumentParser(prog="python -m guest_driver", description=__doc__, epilog=f"Workloads: {FORMS}")
     parser.add_argument("--socket", required=True, help="vhost-user socket of the balloon device: a path, or fd:N")
-    parser.add_argument("--memory", default="1G", type=parse_size, help="RAM, such as 512M or 1G")
+    parser.add_argument("--memory", default="1G", type=_said(parse_size), help="RAM, such as 512M or 1G")
     parser.add_argument("--workload", default="churn", help="what the guest does with its memory")
-    parser.add_argument("--seed", default=1, type=int, help="of contents and of the workload's choices")
+    parser.add_argument(
+        "--seed", default=1, type=_number(0, (1 << 64) - 1), help="of contents and of the workload's choices"
+    )
     parser.add_argument("--profile", default="spec", choices=sorted(PROFILES), help="how queues are numbered")
     parser.add_argument(
-        "--features", default=DEFAULT_FEATURES, type=_features, help="features to accept: all, hint,stats or a number"
+        "--features",
+        default=DEFAULT_FEATURES,
+        type=_said(parse_features),
+        help="features to accept: all, hint,stats or a number",
     )
     parser.add_argument(
-        "--poison", default=None, type=lambda t: int(t, 0), help="value that freed pages are filled with"
+        "--poison", default=None, type=_number(0, (1 << 32) - 1), help="value that freed pages are filled with"
     )
-    parser.add_argument("--batch", default=64, type=int, help="hint blocks allocated and published at a time")
+    parser.add_argument(
+        "--batch", default=64, type=_number(1, 1024), help="hint blocks allocated and published at a time"
+    )
     parser.add_argument("--free-at", default="done", choices=["done", "stop"], help="when hinted blocks are freed")
     parser.add_argument("--dirty-log", default="auto", choices=["auto", "wp-async", "software"])
     parser.add_argument(
         "--reconnect",
         default=0.0,
-        type=float,
+        type=_said(_seconds),
         metavar="SECONDS",
         help="when the device goes away, do without it and try to reach it again for so long; default: end",
     )
@@ -81,6 +132,9 @@ def main(arguments: list[str] | None = None) -> int:
     )
     guest = None
     try:
+        if args.ram_fd < 0:
+            check_memory(args.memory)
+            check_workload(args.workload, args.memory)
         guest = GuestProcess(options)
         guest.boot()
         guest.run()
@@ -88,11 +142,11 @@ def main(arguments: list[str] | None = None) -> int:
         return 130
     except VirtioError as error:
         if not (args.control_fd >= 0 and isinstance(error, PeerVanished)):  # the host knows that it is gone
-            print(f"guest: {error}", file=sys.stderr)
+            _tell(str(error))
         return next((code for kind, code in EXIT.items() if isinstance(error, kind)), 1)
-    except OSError as error:  # what the system refuses: memory, descriptors
-        print(f"guest: {error}", file=sys.stderr)
-        return 1
+    except (OSError, MemoryError) as error:  # what the system refuses: memory, descriptors
+        _tell(getattr(error, "strerror", None) or str(error) or "there is not enough memory")
+        return LACKING
     finally:
         if guest is not None:
             guest.close()

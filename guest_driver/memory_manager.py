@@ -43,6 +43,7 @@ __all__ = [
     "Pfns",
     "Shrinker",
     "Snapshot",
+    "area_and_watermark",
 ]
 
 Shrinker = Callable[[int], int]
@@ -55,6 +56,26 @@ ones, sooner or later. The new ones already belong to it."""
 
 _ATOMIC: int = lib.PA_ATOMIC
 _RECLAIM_ROUNDS = 16
+
+
+def area_and_watermark(
+    page_span: int, first_size: int, size: int, *, low: int = PAGE_SIZE, spare: int | None = None
+) -> tuple[int, int]:
+    """Return what a guest keeps back of its RAM: bytes of the kernel area, and the usual watermark in pages.
+
+    Parameters
+    ----------
+    page_span
+        Pages from address 0 to the end of RAM.
+    first_size, size
+        Bytes of the region at address 0, and of all regions.
+    low, spare
+        As for `MemoryManager.create`.
+    """
+    if spare is None:
+        spare = min(max(first_size // 64, 256 << 10), 2 << 20)
+    area = (low + PAGE_SIZE + lib.pa_zone_bytes(page_span) + spare + PAGE_SIZE - 1) // PAGE_SIZE * PAGE_SIZE
+    return area, min(4 * isqrt(size >> 10) * 1024, size // 100) // PAGE_SIZE
 
 
 class MemoryManager(Zone):
@@ -109,18 +130,14 @@ class MemoryManager(Zone):
         UsageError
             If the memory is too small or has no RAM at address 0.
         """
-        first = memory.regions[0]
-        if spare is None:
-            spare = min(max(first.size // 64, 256 << 10), 2 << 20)
-        zone_bytes = lib.pa_zone_bytes(memory.page_span)
-        area = (low + PAGE_SIZE + zone_bytes + spare + PAGE_SIZE - 1) // PAGE_SIZE * PAGE_SIZE
+        area, usual = area_and_watermark(memory.page_span, memory.regions[0].size, memory.size, low=low, spare=spare)
         kernel = KernelArea.format(memory, area, seed=seed)
         if low > PAGE_SIZE:
             kernel.reserve("low", low - PAGE_SIZE, PAGE_SIZE)
-        kernel.reserve("zone", zone_bytes, PAGE_SIZE)
+        kernel.reserve("zone", lib.pa_zone_bytes(memory.page_span), PAGE_SIZE)
         manager = cls(memory, kernel)
         if watermark is None:
-            watermark = min(4 * isqrt(memory.size >> 10) * 1024, memory.size // 100) // PAGE_SIZE
+            watermark = usual
         base = kernel.size // PAGE_SIZE
         manager._check(
             lib.pa_init(manager._view, base, memory.page_span, watermark, kernel.seed),

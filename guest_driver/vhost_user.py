@@ -7,15 +7,17 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import select
 import socket
 from collections.abc import Sequence
 
 from guest_driver.transport import Interrupts
 from vring import vhost_user as vu
-from vring.errors import DeviceError, PeerVanished
+from vring.errors import DeviceError, PeerVanished, UsageError
 from vring.memory import GuestMemory
 from vring.split import QueueLayout
+from vring.unix_socket import is_misnamed, socket_path
 from vring.vhost_user import ProtocolFeature, Request
 
 __all__ = ["VhostUserTransport"]
@@ -23,6 +25,7 @@ __all__ = ["VhostUserTransport"]
 WANTED = ProtocolFeature.REPLY_ACK | ProtocolFeature.BACKEND_REQ | ProtocolFeature.CONFIG | ProtocolFeature.MQ
 NEEDED = ProtocolFeature.BACKEND_REQ | ProtocolFeature.CONFIG
 QUEUE_SIZE_MAX = 1024
+_FD = re.compile(r"fd:([0-9]{1,9})")
 WAIT_MS = 1000
 """How long a driver that has run out of memory waits for the device to use a buffer."""
 
@@ -45,6 +48,8 @@ class VhostUserTransport:
     ------
     PeerVanished
         If nobody listens, or the other end goes away.
+    UsageError
+        If the path cannot be a socket's, its folder is not there or not permitted, or the descriptor is no socket.
     DeviceError
         If the back end lacks what hinting needs.
     """
@@ -63,7 +68,8 @@ class VhostUserTransport:
         try:
             self._socket = _connect(path, timeout)
         except OSError as error:
-            raise PeerVanished(f"no vhost-user back end at {path}: {error.strerror or error}") from error
+            kind = UsageError if is_misnamed(path, error) else PeerVanished
+            raise kind(f"no vhost-user back end at {path}: {error.strerror or error}") from error
         self._send(Request.SET_OWNER)
         self._offered = vu.unpack_u64(self._ask(Request.GET_FEATURES), "GET_FEATURES")
         if not self._offered & vu.F_PROTOCOL_FEATURES:
@@ -263,12 +269,16 @@ class VhostUserTransport:
 
 
 def _connect(path: str, timeout: float) -> socket.socket:
-    kind, _, number = path.partition(":")
-    if kind == "fd" and number.isdigit():
-        connected = socket.socket(fileno=int(number))
+    found = _FD.fullmatch(path)
+    if found:
+        try:
+            connected = socket.socket(fileno=int(found[1]))
+        except OSError as error:
+            raise UsageError(f"{path} is no connected socket of this process: {error.strerror}") from error
         connected.settimeout(timeout)
         connected.set_inheritable(False)
         return connected
+    socket_path(path)
     connected = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
     connected.settimeout(timeout)
     try:

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import json
-import os
 import re
 import socket
-import stat
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from balloon_dev.device import BalloonDevice
@@ -19,12 +17,13 @@ from balloon_dev.hinting import HintState
 from balloon_dev.profiles import profile_named
 from host_qemu_side.discard.current import CurrentDiscarder
 from host_qemu_side.loop import Loop
-from host_qemu_side.migration.output import parse_address
+from host_qemu_side.migration.address import Address
 from host_qemu_side.migration.receiver import Receiver
 from host_qemu_side.migration.stream import StreamReader
 from host_qemu_side.python_guest import PythonGuest
 from host_qemu_side.vhost_user import VhostUserBackend
 from vring.errors import PeerVanished, UsageError, VirtioError
+from vring.unix_socket import UnixListener
 
 __all__ = ["accept", "receive", "resume"]
 
@@ -59,6 +58,24 @@ class _Source:
         except OSError as error:
             raise PeerVanished(f"the source is gone: {error.strerror or error}") from error
 
+    def wait(self) -> None:
+        """Wait for the first word of a source; nothing is read.
+
+        Raises
+        ------
+        PeerVanished
+            If it goes, or stays silent, without one.
+        """
+        assert self._socket is not None
+        try:
+            if self._socket.recv(1, socket.MSG_PEEK):
+                return
+        except TimeoutError as error:
+            raise PeerVanished(f"it was silent for {SILENCE:g} s") from error
+        except OSError as error:
+            raise PeerVanished(f"it went without a word: {error.strerror or error}") from error
+        raise PeerVanished("it went without a word")
+
     def answer(self, buffers: list[bytes | memoryview]) -> None:
         """Send records to the source; a file takes none."""
         if self._socket is None:
@@ -77,82 +94,91 @@ class _Source:
             self._file.close()
 
 
-def accept(address: str, *, announce: Callable[[str], None] = lambda text: None) -> _Source:
-    """Wait for a source at ``unix:PATH`` or ``tcp:HOST:PORT``, or open ``file:PATH``.
+def accept(
+    address: Address,
+    greeting: list[bytes | memoryview],
+    *,
+    announce: Callable[[Address], None] = lambda where: None,
+    on_stranger: Callable[[str], None] = lambda why: None,
+) -> _Source:
+    """Wait for a source at a ``unix`` or ``tcp`` address and greet it, or open a ``file``.
+
+    Who connects and goes without a word (a look whether the port is open) was no source: the wait goes on.
 
     Parameters
     ----------
     address
-        See `parse_address`; TCP port 0 takes a free one.
+        Where; TCP port 0 takes a free one.
+    greeting
+        What a source is told first: `Receiver.hello`.
     announce
         Told where the program listens.
+    on_stranger
+        Told why a connection was none of a source.
 
     Raises
     ------
     UsageError
         If one cannot listen there or the file cannot be read.
+    PeerVanished
+        If the source that a descriptor leads to takes no greeting.
     """
-    kind, rest = parse_address(address)
-    if kind == "file":
+    if address.kind == "file":
         try:
-            return _Source(None, rest)
+            return _Source(None, address.path)
         except OSError as error:
-            raise UsageError(f"cannot read {rest}: {error.strerror}") from error
-    if kind == "fd":
-        return _Source(socket.socket(fileno=int(rest)), None)
-    path = None
-    try:
-        if kind == "unix":
-            _remove_left_over(rest)
-            listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-            listener.bind(rest)
-            path = rest
-            listener.listen(1)
+            raise UsageError(f"cannot read {address.path}: {error.strerror}") from error
+    if address.kind == "fd":
+        try:
+            source = _Source(socket.socket(fileno=address.fd), None)
+        except OSError as error:
+            raise UsageError(f"{address} is no connected socket of this process: {error.strerror}") from error
+        source.answer(greeting)
+        return source
+    with contextlib.ExitStack() as stack:
+        if address.kind == "unix":
+            unix = UnixListener(address.path)
+            stack.callback(unix.close)
+            listener = unix.socket
         else:
-            host, _, port = rest.rpartition(":")
-            listener = socket.create_server((host.strip("[]"), int(port)))
-            address = f"tcp:{host}:{listener.getsockname()[1]}"
-    except OSError as error:
-        why = (error.strerror or str(error)).partition(" (while")[0]  # the rest only repeats the address
-        raise UsageError(f"cannot listen on {address}: {why}") from error
-    announce(address)
-    try:
-        with listener:
+            listener = stack.enter_context(_listen_tcp(address))
+            address = replace(address, port=listener.getsockname()[1])
+        announce(address)
+        while True:
             connection, _ = listener.accept()
-    finally:
-        if path is not None:
-            os.unlink(path)
-    return _Source(connection, None)
-
-
-def _remove_left_over(path: str) -> None:
-    """Remove a socket that a dead process left behind.
-
-    Raises
-    ------
-    UsageError
-        If somebody listens there, or if it is no socket.
-    """
-    try:
-        if not stat.S_ISSOCK(os.stat(path).st_mode):
-            raise UsageError(f"cannot listen on unix:{path}: it exists and is no socket; choose another path")
-    except FileNotFoundError:
-        return
-    # A socket of the wrong type tells whether there is a live one behind the name without connecting to it.
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as probe:
-        try:
-            probe.connect(path)
-        except ConnectionRefusedError:
-            os.unlink(path)
-            return
-        except OSError as error:
-            if error.errno != errno.EPROTOTYPE:
+            source = _Source(connection, None)
+            try:
+                source.answer(greeting)
+                source.wait()
+                return source
+            except PeerVanished as error:
+                source.close()
+                on_stranger(str(error))
+            except BaseException:
+                source.close()
                 raise
-    raise UsageError(f"cannot listen on unix:{path}: another process listens there already")
+
+
+def _listen_tcp(address: Address) -> socket.socket:
+    """Listen at the first address of the host that can be listened at."""
+    failed: Exception | None = None
+    try:
+        for family, _, _, _, target in socket.getaddrinfo(
+            address.host, address.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        ):
+            try:
+                return socket.create_server(target, family=family, backlog=16)
+            except OSError as error:
+                failed = failed or error
+    except (OSError, ValueError) as error:
+        failed = error
+    # What follows in an error of Python's own only repeats the address.
+    why = (getattr(failed, "strerror", None) or str(failed)).partition(" (while")[0]
+    raise UsageError(f"cannot listen on {address}: {why}") from failed
 
 
 def receive(source: _Source, receiver: Receiver, *, on_record: Callable[[Receiver], None] = lambda r: None) -> None:
-    """Read the stream to its end.
+    """Read the stream to its end, from a source that was greeted.
 
     Raises
     ------
@@ -160,7 +186,6 @@ def receive(source: _Source, receiver: Receiver, *, on_record: Callable[[Receive
         If it is damaged or cut off; the source has been told.
     """
     reader = StreamReader(reuse=True)
-    source.answer(receiver.hello())
     try:
         while not receiver.complete:
             record = reader.next()

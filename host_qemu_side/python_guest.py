@@ -25,7 +25,7 @@ from vring.dirty import DirtyLog
 from vring.dirty.combined import CombinedLog
 from vring.dirty.software import SoftwareDirtyLog
 from vring.dirty.wp_async import TrackedRange, WpAsyncDirtyLog
-from vring.errors import PeerVanished, UsageError, VirtioError
+from vring.errors import MissingFacility, PeerVanished, UsageError, VirtioError
 from vring.memory import GuestMemory
 
 __all__ = ["PythonGuest"]
@@ -33,6 +33,8 @@ __all__ = ["PythonGuest"]
 log = logging.getLogger(__name__)
 MAX_MESSAGE = 1 << 16
 PAUSE_TIMEOUT = 10.0
+REFUSALS: dict[int, type[VirtioError]] = {2: UsageError, 3: MissingFacility}
+"""Exit codes of ``python -m guest_driver`` that are no accident."""
 
 
 class PythonGuest:
@@ -73,7 +75,7 @@ class PythonGuest:
         self.events: list[str] = []
         self._log_fd = -1
         self._gone: str | None = None
-        self._had_device = False
+        self._had_device = self._booted = False
         mine, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         passed = [theirs.fileno()]
         with theirs, contextlib.ExitStack() as stack:
@@ -142,7 +144,15 @@ class PythonGuest:
         )
 
     def check_alive(self) -> None:
-        """Raise `PeerVanished` if the guest is gone."""
+        """See that the guest is there.
+
+        Raises
+        ------
+        PeerVanished
+            If it is gone.
+        UsageError, MissingFacility
+            If it said, before it was ready, that it cannot be as asked for, or that something is lacking.
+        """
         if self._gone is None and self.process.poll() is not None:
             self._readable()
             if self._gone is None:
@@ -158,7 +168,8 @@ class PythonGuest:
                 self._gone = f"the connection to its device is lost: {self.backend.last_error}"
         self._had_device = self._had_device or self.backend.memory is not None
         if self._gone is not None:
-            raise PeerVanished(f"the guest (process {self.pid}) is gone: {self._gone}")
+            kind = PeerVanished if self._booted else REFUSALS.get(self.process.poll() or 0, PeerVanished)
+            raise kind(f"the guest (process {self.pid}) is gone: {self._gone}")
 
     def tell(self, command: str) -> None:
         """Send a command."""
@@ -198,6 +209,7 @@ class PythonGuest:
         """Wait until the device is up and the workload has set itself up."""
         self.wait_for("hello", timeout)
         self.wait_for("ready", timeout)
+        self._booted = True
 
     def run_for(self, seconds: float) -> None:
         """Serve the guest for a while."""

@@ -25,7 +25,7 @@ from host_qemu_side.monitor.dispatch import Dispatcher
 from host_qemu_side.monitor.hints import HintCommands
 from host_qemu_side.monitor.host import CommandGroup, Host, OwnGuest
 from host_qemu_side.monitor.migration import MigrationCommands
-from host_qemu_side.monitor.server import MonitorServer, remove_stale
+from host_qemu_side.monitor.server import MonitorServer
 from host_qemu_side.python_guest import PythonGuest
 from host_qemu_side.vhost_user import VhostUserBackend
 from vring.errors import PeerVanished
@@ -116,7 +116,6 @@ class Server:
         self.monitor: MonitorServer | None = None
         self._negotiated = 0
         self._guest: PythonGuest | None = None
-        remove_stale(options.socket)
         try:
             self.backend.listen(options.socket)
             if options.monitor is not None:

@@ -81,7 +81,11 @@ class SourceHost:
         """
         if self._folder is None:
             self._folder = tempfile.mkdtemp(prefix="virtio-balloon-")
-            self.backend.listen(os.path.join(self._folder, "balloon.sock"))
+            try:
+                self.backend.listen(os.path.join(self._folder, "balloon.sock"))
+            except UsageError as error:
+                error.add_note("the folder is that of temporary files: TMPDIR in the environment names another")
+                raise
         return os.path.join(self._folder, "balloon.sock")
 
     @property

@@ -319,7 +319,7 @@ def test_keep_runs_until_ctrl_c_and_ends_well(stream: tuple[Path, dict[str, Any]
 
 
 def test_a_source_that_vanishes_and_a_stranger_are_told_apart(tmp_path: Path) -> None:
-    for data, code in ((b"", 5), (b"GET / HTTP/1.1\r\n\r\n", 4)):
+    for data, code in ((b"V", 5), (b"GET / HTTP/1.1\r\n\r\n", 4)):
         process, address = receiver(f"unix:{tmp_path}/s")
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as peer:
             peer.connect(address.removeprefix("unix:"))

@@ -348,12 +348,12 @@ def test_a_stale_socket_is_replaced_and_a_live_one_is_not(tmp_path):
     left.close()  # nobody listens there
     wire = Wire(path)
     assert path.stat().st_mode & 0o077 == 0
-    with pytest.raises(UsageError, match="in use"):
+    with pytest.raises(UsageError, match="another process listens"):
         Wire(path)
     wire.close()
     assert not path.exists()
     path.write_text("not a socket")
-    with pytest.raises(UsageError, match="in use"):
+    with pytest.raises(UsageError, match="another process listens"):
         Wire(path)
     assert path.read_text() == "not a socket"
 

@@ -391,7 +391,7 @@ def test_ending_says_done_first(served, client):
 
 
 def test_a_socket_in_use(served, tmp_path):
-    with pytest.raises(UsageError, match="in use"):
+    with pytest.raises(UsageError, match="another process listens"):
         Server(served.options)
     assert served.client()("query-status")
 

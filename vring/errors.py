@@ -14,7 +14,13 @@ __all__ = [
     "PeerVanished",
     "UsageError",
     "VirtioError",
+    "quoted",
 ]
+
+
+def quoted(text: str, most: int = 60) -> str:
+    """Return what somebody wrote, in quotes and printable, of a long text only the beginning."""
+    return repr(text) if len(text) <= most else f"{text[:most]!r}... ({len(text)} characters)"
 
 
 class VirtioError(Exception):

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import re
+from fractions import Fraction
 
-from vring.errors import UsageError
+from vring.errors import UsageError, quoted
 
-__all__ = ["format_size", "parse_size"]
+__all__ = ["MAX_SIZE", "format_size", "parse_size"]
+
+MAX_SIZE = (1 << 63) - 1
+"""No file, and no guest, is larger."""
 
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
+_FORM = re.compile(r"([0-9]{1,40}(?:\.[0-9]{1,40})?)\s*([KMGT]?)(?:i?B)?", re.IGNORECASE)
 
 
 def parse_size(text: str) -> int:
@@ -17,18 +22,21 @@ def parse_size(text: str) -> int:
     Raises
     ------
     UsageError
-        If it is no size.
+        If it is no size, or larger than `MAX_SIZE`.
     """
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?", text.strip(), re.IGNORECASE)
+    match = _FORM.fullmatch(text.strip())
     if match is None:
-        raise UsageError(f"{text!r} is no size; write it as 4096, 64K, 512M or 4G")
-    return int(float(match[1]) * _UNITS[match[2].upper()])
+        raise UsageError(f"{quoted(text)} is no size; write it as 4096, 64K, 512M or 4G")
+    size = int(Fraction(match[1]) * _UNITS[match[2].upper()])
+    if size > MAX_SIZE:
+        raise UsageError(f"{quoted(text)} is too large a size; nothing has more than {MAX_SIZE >> 40}T")
+    return size
 
 
 def format_size(size: float) -> str:
     """Return a size for people, in binary units."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if abs(size) < 1024 or unit == "GiB":
+    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
+        if abs(size) < 1024 or unit == "TiB":
             return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
         size /= 1024
     raise AssertionError

@@ -5,8 +5,9 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from vring.errors import UsageError
+from vring.errors import UsageError, quoted
 from vring.memory import PAGE_SIZE
+from vring.sizes import parse_size
 
 __all__ = ["FORMS", "BuildSpec", "ChurnSpec", "IdleSpec", "PartSpec", "WriterSpec", "parse_workload"]
 
@@ -16,8 +17,7 @@ FORMS = (
 )
 MAX_PARTS = 4
 
-_UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
-_SIZE = re.compile(r"(\d+(?:\.\d+)?)([KMGT]?)(?:i?B)?", re.IGNORECASE)
+_SHARE = re.compile(r"([0-9]{1,40}(?:\.[0-9]{1,40})?)%")
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,8 +57,10 @@ PartSpec = IdleSpec | ChurnSpec | WriterSpec | BuildSpec
 
 
 def _size(text: str, what: str, whole: str) -> int:
-    match = _SIZE.fullmatch(text.strip())
-    size = int(float(match[1]) * _UNITS[match[2].upper()]) if match else 0
+    try:
+        size = parse_size(text)
+    except UsageError:
+        size = 0
     if size < PAGE_SIZE:
         raise UsageError(
             f"workload {whole!r}: {text!r} is no {what}; "
@@ -81,7 +83,7 @@ def _part(text: str, whole: str) -> PartSpec:
         if not colon:
             return ChurnSpec()
         share, at, extent = rest.partition("@")
-        match = re.fullmatch(r"(\d+(?:\.\d+)?)%", share.strip())
+        match = _SHARE.fullmatch(share.strip())
         if match is None or float(match[1]) > 100:
             raise UsageError(
                 f"workload {whole!r}: {share!r} is no share of memory; write 0% to 100%, as in churn:10%@16M"
@@ -106,7 +108,9 @@ def parse_workload(text: str) -> tuple[PartSpec, ...]:
     UsageError
         If it makes no sense; the message says what does.
     """
-    if len(text.encode()) > 200:
+    if not text.isascii():
+        raise UsageError(f"workload {quoted(text)}: only ASCII makes sense here")
+    if len(text) > 200:
         raise UsageError(f"a workload of {len(text)} characters is too long, at most 200 are kept in guest RAM")
     parts = tuple(_part(part.strip(), text) for part in text.split("+"))
     if len(parts) > MAX_PARTS:

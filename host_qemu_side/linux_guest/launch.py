@@ -30,8 +30,9 @@ from host_qemu_side.linux_guest.mconsole import Reply, Request
 from host_qemu_side.linux_guest.ptrace_xstate import PtraceXstate, XstateCounts
 from host_qemu_side.linux_guest.work_folder import own_folder
 from vring.errors import MissingFacility, PeerVanished, UsageError
+from vring.unix_socket import MAX_PATH, socket_path
 
-__all__ = ["LinuxGuest", "Serve"]
+__all__ = ["LinuxGuest", "Serve", "check_memory"]
 
 Serve = Callable[[], object]
 """Called again and again while something here waits: does what is due on the caller's sockets, does not wait itself."""
@@ -39,9 +40,20 @@ Serve = Callable[[], object]
 _T = TypeVar("_T")
 _KEEPER = Path(__file__).resolve().with_name("keeper.py")
 _BALLOON_ID = 5
-_SUN_PATH = 107
 _TRACES = re.compile("ptrace.*OK")
 """On the console once the guest's kernel has tried ptrace, which it does first of all."""
+
+
+def check_memory(memory_bytes: int) -> None:
+    """See that a Linux guest can have so much RAM.
+
+    Raises
+    ------
+    UsageError
+        If it cannot.
+    """
+    if memory_bytes < 64 << 20 or memory_bytes % (4 << 20):
+        raise UsageError(f"a Linux guest has at least 64 MiB, in steps of 4 MiB, not {memory_bytes} bytes")
 
 
 class LinuxGuest:
@@ -97,8 +109,7 @@ class LinuxGuest:
         remove: Sequence[str] = (),
         watch: Callable[[], Iterable[int]] | None = None,
     ) -> None:
-        if memory_bytes < 64 << 20 or memory_bytes % (4 << 20):
-            raise UsageError(f"a Linux guest has at least 64 MiB, in steps of 4 MiB, not {memory_bytes} bytes")
+        check_memory(memory_bytes)
         self.memory_bytes = memory_bytes
         self.workdir = Path(workdir).resolve()
         self.frozen = False
@@ -157,8 +168,9 @@ class LinuxGuest:
             undo.callback(self._xstate.close)
         ram = self._folder(undo, self.workdir)
         control_dir = ram
-        if len(os.fsencode(ram)) + len("/guest/mconsole") > _SUN_PATH:
+        if len(os.fsencode(ram)) + len("/guest/mconsole") > MAX_PATH:
             control_dir = self._folder(undo, None)
+            socket_path(str(control_dir / "guest/mconsole"))
         self._umid = control_dir / "guest"
         argv = [str(self.kernel.path), f"mem={self.memory_bytes >> 10}K", f"initrd={self._initrd}"]
         argv += ["con=null", "con0=fd:0,fd:1", f"umid={self._umid.name}", f"uml_dir={control_dir}"]

@@ -7,6 +7,7 @@ An emulator brings its own `Output`, `GuestControl`, `HintPort` and `vring.dirty
 
 from host_qemu_side.migration.engine import Migration
 from host_qemu_side.migration.interfaces import (
+    MIN_BANDWIDTH,
     Cancelled,
     GuestControl,
     HintPort,
@@ -22,6 +23,7 @@ from host_qemu_side.migration.receiver import Receiver, ReceiverState
 from host_qemu_side.migration.stream import Kind, Record, StreamError, StreamReader, StreamWriter
 
 __all__ = [
+    "MIN_BANDWIDTH",
     "Cancelled",
     "GuestControl",
     "HintPort",

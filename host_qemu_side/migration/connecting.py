@@ -1,4 +1,4 @@
-"""Opens the destination of a migration without waiting for it."""
+"""Opens the destination of a migration without waiting for it: the one way there, for the command and the monitor."""
 
 from __future__ import annotations
 
@@ -6,11 +6,18 @@ import errno
 import os
 import socket
 import time
+from collections import deque
+from collections.abc import Callable
+from typing import Any
 
-from host_qemu_side.migration.output import FileOutput, SocketOutput, parse_address
+from host_qemu_side.migration.address import Address, parse_address
+from host_qemu_side.migration.output import FileOutput, SocketOutput
 from vring.errors import PeerVanished, UsageError
+from vring.unix_socket import is_misnamed
 
-__all__ = ["Connecting"]
+__all__ = ["Connecting", "connect"]
+
+_POLL = 0.02
 
 
 class Connecting:
@@ -18,55 +25,83 @@ class Connecting:
 
     Parameters
     ----------
-    text
-        ``unix:PATH``, ``tcp:HOST:PORT`` or ``file:PATH``. A host name (other than a number) is looked up at once, and
-        that may take time.
+    address
+        ``unix:PATH``, ``tcp:HOST:PORT``, ``file:PATH`` or ``fd:N``. A host name (other than a number) is looked up at
+        once, and that may take time; if it has several addresses, one after another is tried.
     timeout
         Seconds until it counts as failed.
 
     Raises
     ------
     UsageError
-        If the text makes no sense, or the file cannot be made.
+        If the text makes no sense, the file cannot be made, the descriptor is no socket, or a Unix socket's folder is
+        not there or not permitted.
     PeerVanished
         If nobody listens there.
     """
 
-    def __init__(self, text: str, timeout: float = 5.0) -> None:
-        kind, rest = parse_address(text)
-        if kind == "fd":
-            raise UsageError(f"{text!r}: no descriptors here; write unix:PATH, tcp:HOST:PORT or file:PATH")
-        self._text, self._deadline = text, time.monotonic() + timeout
+    def __init__(self, address: Address | str, timeout: float = 5.0) -> None:
+        self.address = parse_address(address) if isinstance(address, str) else address
+        self._deadline = time.monotonic() + timeout
+        self._targets: deque[tuple[int, Any]] = deque()
+        self._until = self._deadline
         self._socket: socket.socket | None = None
+        self._target: Any = None
         self._connected = False
         self._file: FileOutput | None = None
-        self._target: str | tuple[str, int]
-        if kind == "file":
-            self._file = FileOutput(rest)
-            return
-        family, self._target = socket.AF_UNIX, rest
-        if kind == "tcp":
-            host, _, port = rest.rpartition(":")
+        if self.address.kind == "file":
+            self._file = FileOutput(self.address.path)
+        elif self.address.kind == "fd":
+            self._socket, self._connected = _adopted(self.address.fd), True
+        else:
+            self._targets.extend(self._look_up())
+            self._next(OSError(errno.EADDRNOTAVAIL, os.strerror(errno.EADDRNOTAVAIL)))
+
+    def _look_up(self) -> list[tuple[int, Any]]:
+        """Return families and addresses, those to try first in front."""
+        if self.address.kind == "unix":
+            return [(socket.AF_UNIX, self.address.path)]
+        if not self.address.port:
+            raise UsageError(f"{self.address}: nobody can be reached at port 0; write the port that the receiver said")
+        try:
+            found = socket.getaddrinfo(self.address.host, self.address.port, type=socket.SOCK_STREAM)
+        except (OSError, ValueError) as error:
+            why = getattr(error, "strerror", None) or error
+            raise PeerVanished(f"no destination at {self.address}: {why}") from error
+        return [(family, target) for family, _, _, _, target in found]
+
+    def _next(self, failed: OSError) -> None:
+        """Go on with the next address that is left; `failed` says why the last one was given up."""
+        while self._targets:
+            if self._socket is not None:
+                self._socket.close()
+            now = time.monotonic()
+            self._until = now + (self._deadline - now) / len(self._targets)
+            family, self._target = self._targets.popleft()
             try:
-                found = socket.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_STREAM)[0]
-            except OSError as error:
-                raise self._failed(error) from error
-            family, self._target = found[0], (str(found[4][0]), int(found[4][1]))
-        self._socket = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK)
-        self._try()
-
-    def _failed(self, error: OSError) -> PeerVanished:
+                self._socket = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK)
+                code = self._try()
+            except OSError as error:  # such as no IPv6 on this machine
+                if error.errno in (errno.EMFILE, errno.ENFILE):
+                    raise
+                failed = error
+                continue
+            if not code:
+                return
+            failed = OSError(code, os.strerror(code))
         self.close()
-        why = error.strerror or error
-        return PeerVanished(f"no destination at {self._text}: {why}; start `balloon receive {self._text}` there first")
+        text = f"no destination at {self.address}: {failed.strerror or failed}"
+        if self.address.kind == "unix" and is_misnamed(self.address.path, failed):
+            raise UsageError(text) from failed
+        raise PeerVanished(f"{text}; start `balloon receive {self.address}` there first") from failed
 
-    def _try(self) -> None:
+    def _try(self) -> int:
+        """Try to connect; return the error if that failed, 0 if it did not, or not yet."""
         assert self._socket is not None
         code = self._socket.connect_ex(self._target)
-        if code in (0, errno.EISCONN):
-            self._connected = True
-        elif code not in (errno.EINPROGRESS, errno.EALREADY, errno.EAGAIN):  # EAGAIN: a Unix socket's queue is full
-            raise self._failed(OSError(code, os.strerror(code)))
+        self._connected = code in (0, errno.EISCONN)
+        # EAGAIN: a Unix socket's queue is full.
+        return 0 if self._connected or code in (errno.EINPROGRESS, errno.EALREADY, errno.EAGAIN) else code
 
     def poll(self) -> SocketOutput | FileOutput | None:
         """Return the output once it is there, None before.
@@ -78,14 +113,12 @@ class Connecting:
         """
         if self._file is not None:
             return self._file
+        if not self._connected and (code := self._try()):
+            self._next(OSError(code, os.strerror(code)))
+        if not self._connected and time.monotonic() > self._until:
+            self._next(OSError(errno.ETIMEDOUT, os.strerror(errno.ETIMEDOUT)))
         assert self._socket is not None
-        if not self._connected:
-            self._try()
-        if not self._connected:
-            if time.monotonic() > self._deadline:
-                raise self._failed(OSError(errno.ETIMEDOUT, os.strerror(errno.ETIMEDOUT)))
-            return None
-        return SocketOutput(self._socket)
+        return SocketOutput(self._socket) if self._connected else None
 
     def close(self) -> None:
         """Give up."""
@@ -93,3 +126,30 @@ class Connecting:
             self._socket.close()
         if self._file is not None:
             self._file.close()
+
+
+def _adopted(fd: int) -> socket.socket:
+    try:
+        return socket.socket(fileno=fd)
+    except OSError as error:
+        raise UsageError(f"fd:{fd} is no connected socket of this process: {error.strerror}") from error
+
+
+def connect(address: Address | str, wait: Callable[[float], None] = time.sleep) -> SocketOutput | FileOutput:
+    """Open the destination and wait until it is there; arguments and errors as those of `Connecting`.
+
+    Parameters
+    ----------
+    address
+        Where it is.
+    wait
+        Called with the seconds to wait, over and over; what it raises ends the attempt.
+    """
+    connecting = Connecting(address)
+    try:
+        while (output := connecting.poll()) is None:
+            wait(_POLL)
+    except BaseException:
+        connecting.close()
+        raise
+    return output

@@ -31,15 +31,16 @@ from host_qemu_side.migration.interfaces import (
     Round,
 )
 from host_qemu_side.migration.ram import RamState
-from host_qemu_side.migration.stream import VERSION, Kind, Record, StreamError, StreamWriter
+from host_qemu_side.migration.stream import MAX_PAGES, VERSION, Kind, Record, StreamError, StreamWriter
 from vring import bitmap
 from vring.dirty import DirtyLog, DirtyLogVoid, LearnsWhatWasSent
-from vring.errors import PeerVanished, UsageError, VirtioError
+from vring.errors import PeerVanished, VirtioError
 from vring.memory import PAGE_SIZE, GuestMemory
 
 __all__ = ["Migration"]
 
 log = logging.getLogger(__name__)
+PIECE_SECONDS = 0.1
 
 
 class Migration:
@@ -88,8 +89,6 @@ class Migration:
         observer: Observer | None = None,
         hand_over: bool = True,
     ) -> None:
-        if not all(v >= 0 for v in (limits.bandwidth, limits.downtime, limits.answer)) or limits.max_rounds < 1:
-            raise UsageError(f"migration limits make no sense: {limits}")
         self.memory, self.log, self.output, self.guest, self.hints = memory, log, output, guest, hints
         self.limits, self.observer, self.hand_over = limits, observer, hand_over
         self.phase = Phase.SETUP
@@ -136,7 +135,7 @@ class Migration:
         return self._round
 
     def step(self, now: float) -> float:
-        """Do one small piece: at most 1 MiB is sent. Return the time to come back at (not later).
+        """Do one small piece: at most 1 MiB is sent, less on a slow link. Return the time to come back at (not later).
 
         Raises
         ------
@@ -247,7 +246,7 @@ class Migration:
                 self.observer.id_issued(self._run.command_id)
 
     def _pass(self, *, limited: bool) -> Generator[float, None, None]:
-        """Send what the bitmap holds, 1 MiB at a time, serving hints in between."""
+        """Send what the bitmap holds, a piece at a time, serving hints in between."""
         assert self._ram is not None
         while True:
             self._serve_hints()
@@ -256,7 +255,7 @@ class Migration:
                 continue
             if limited and self._rest_fits():
                 return
-            taken = self._ram.take()
+            taken = self._ram.take(self._piece()) if limited else self._ram.take()
             if taken is None:
                 return
             pages, contents, zeros = taken
@@ -270,6 +269,12 @@ class Migration:
             self._round.pages_normal += len(pages)
             self._round.pages_zero += len(zeros)
             yield from self._drain()
+
+    def _piece(self) -> int:
+        """Return how many pages are sent at a time: few on a slow link, or the destination hears nothing for long."""
+        if not self.limits.bandwidth:
+            return MAX_PAGES
+        return min(max(int(self.limits.bandwidth * PIECE_SECONDS) // PAGE_SIZE, 1), MAX_PAGES)
 
     def _between_rounds(self, next_round: int) -> Generator[float, None, bool]:
         """STOP, then sync. Return whether the last round comes next; the guest may be frozen for it already."""

@@ -11,9 +11,10 @@ import numpy as np
 import numpy.typing as npt
 
 from host_qemu_side.migration.stream import Record
-from vring.errors import VirtioError
+from vring.errors import UsageError, VirtioError
 
 __all__ = [
+    "MIN_BANDWIDTH",
     "Cancelled",
     "GuestControl",
     "HintPort",
@@ -27,6 +28,8 @@ __all__ = [
 ]
 
 U64 = npt.NDArray[np.uint64]
+MIN_BANDWIDTH = 1024
+"""Bytes per second that are worth an attempt: a page takes four seconds then, and a destination waits for a minute."""
 
 
 class Cancelled(VirtioError):
@@ -127,6 +130,17 @@ class Limits:
     """Rounds after which the guest is frozen however much is left."""
     answer: float = 120.0
     """Seconds the destination may take to check what it got."""
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be.
+
+        Raises
+        ------
+        UsageError
+            If a limit is negative or no number.
+        """
+        if not all(value >= 0 for value in (self.bandwidth, self.downtime, self.answer)) or self.max_rounds < 1:
+            raise UsageError(f"migration limits make no sense: {self}")
 
 
 @dataclass(slots=True)

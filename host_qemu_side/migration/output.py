@@ -6,67 +6,22 @@ import contextlib
 import errno
 import io
 import os
+import secrets
 import socket
+import stat
+import tempfile
 from collections import deque
 from collections.abc import Sequence
 
 from host_qemu_side.migration.stream import Record, StreamReader
 from vring.errors import MissingFacility, PeerVanished, UsageError
 
-__all__ = ["FileOutput", "SocketOutput", "connect", "parse_address"]
+__all__ = ["FileOutput", "SocketOutput", "try_name"]
 
 IOV = 64
 SEND_BUFFER = 4 << 20
-
-
-def parse_address(text: str) -> tuple[str, str]:
-    """Split ``unix:PATH``, ``tcp:HOST:PORT``, ``file:PATH`` or ``fd:N`` into kind and rest.
-
-    Raises
-    ------
-    UsageError
-        If it is none of them.
-    """
-    kind, _, rest = text.partition(":")
-    if kind in ("unix", "file") and rest:
-        return kind, rest
-    if kind == "fd" and rest.isdigit():
-        return kind, rest
-    if kind == "tcp":
-        host, _, port = rest.rpartition(":")
-        if host and port.isdigit() and int(port) < 65536:
-            return kind, rest
-    raise UsageError(f"{text!r} is no place for a migration: write unix:PATH, tcp:HOST:PORT or file:PATH")
-
-
-def connect(text: str, timeout: float = 5.0) -> SocketOutput | FileOutput:
-    """Open the place named by `text`, see `parse_address`.
-
-    Raises
-    ------
-    PeerVanished
-        If nobody listens there.
-    UsageError
-        If the text makes no sense, or the file cannot be made.
-    """
-    kind, rest = parse_address(text)
-    if kind == "file":
-        return FileOutput(rest)
-    if kind == "fd":
-        return SocketOutput(socket.socket(fileno=int(rest)))
-    try:
-        if kind == "unix":
-            sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
-            sock.settimeout(timeout)
-            sock.connect(rest)
-        else:
-            host, _, port = rest.rpartition(":")
-            sock = socket.create_connection((host.strip("[]"), int(port)), timeout=timeout)
-    except OSError as error:
-        raise PeerVanished(
-            f"no destination at {text}: {error.strerror or error}; start `balloon receive {text}` there first"
-        ) from error
-    return SocketOutput(sock)
+MODE = 0o600
+BEGIN, PARTIAL = ".balloon-", ".partial"
 
 
 class SocketOutput:
@@ -162,11 +117,54 @@ class SocketOutput:
         self._socket.close()
 
 
+def try_name(path: str) -> str:
+    """See that a file of this name can be made, or replaced if there is one; nothing is left behind.
+
+    Parameters
+    ----------
+    path
+        Of the file; a link is followed.
+
+    Returns
+    -------
+    str
+        The path without links.
+
+    Raises
+    ------
+    UsageError
+        If it cannot, or something that is no regular file has this name.
+    """
+    target = os.path.realpath(path)
+    try:
+        if os.path.lexists(target):
+            _may_replace(path, target)
+        else:
+            fd = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, MODE)
+            os.unlink(target)
+            os.close(fd)
+    except OSError as error:
+        raise UsageError(f"cannot write {path}: {error.strerror}; choose another path") from error
+    return target
+
+
+def _may_replace(path: str, target: str) -> None:
+    info, folder = os.stat(target), os.path.dirname(target)
+    if not stat.S_ISREG(info.st_mode) or path.endswith("/"):
+        raise UsageError(f"cannot write {path}: it exists and is no regular file; choose another path")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    where = os.stat(folder)
+    if where.st_mode & stat.S_ISVTX and os.geteuid() not in (0, info.st_uid, where.st_uid):
+        raise UsageError(f"cannot write {path}: it is another user's; choose another path")
+
+
 class FileOutput:
     """Writes the stream into a file, which gets its name only when it is complete.
 
     Until then it has none where the file system can do that (`O_TMPFILE`), so that nothing is left whatever way this
-    process ends; elsewhere it is called ``PATH.partial``.
+    process ends; elsewhere it has one that nobody else has, ``.balloon-*.partial``. It holds a guest's memory, so
+    nobody but this user may read it.
 
     Raises
     ------
@@ -179,26 +177,23 @@ class FileOutput:
 
     def __init__(self, path: str) -> None:
         self.path = path
-        self._partial = f"{path}.partial"
-        self._named = False
+        self._target = try_name(path)
+        self._folder = os.path.dirname(self._target)
+        self._aside: str | None = None
         self.bytes_sent = 0
-        if os.path.lexists(path) and not os.path.isfile(path):
-            raise UsageError(f"cannot write {path}: it exists and is no regular file; choose another path")
         try:
             self._file = self._create()
         except OSError as error:
-            raise UsageError(f"cannot write {path}: {error.strerror}") from error
-        self._complete = False
+            raise UsageError(f"cannot write {path}: {error.strerror}; choose another path") from error
 
     def _create(self) -> io.FileIO:
-        folder = os.path.dirname(os.path.abspath(self.path))
         try:
-            return io.FileIO(os.open(folder, os.O_TMPFILE | os.O_WRONLY | os.O_CLOEXEC, 0o666), "wb")
+            return io.FileIO(os.open(self._folder, os.O_TMPFILE | os.O_WRONLY | os.O_CLOEXEC, MODE), "wb")
         except OSError as error:
             if error.errno not in (errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL):
                 raise
-        self._named = True
-        return io.FileIO(self._partial, "wb")
+        fd, self._aside = tempfile.mkstemp(PARTIAL, BEGIN, self._folder)
+        return io.FileIO(fd, "wb")
 
     def send(self, buffers: Sequence[bytes | memoryview]) -> None:
         """Write.
@@ -238,27 +233,45 @@ class FileOutput:
         """
         try:
             os.fsync(self._file.fileno())
-            if not self._named:
-                with contextlib.suppress(FileNotFoundError):
-                    os.unlink(self._partial)
-                self._named = True
-                self._link(self._partial)
-            os.rename(self._partial, self.path)
+            if self._aside is None:
+                self._aside = self._link()
+            os.rename(self._aside, self._target)
+            self._aside = self._target  # until its name is durable, too, `close` removes it
+            self._sync_folder()
+            self._aside = None
         except OSError as error:
             raise self._full(error) from error
-        self._complete = True
 
-    def _link(self, path: str) -> None:
+    def _link(self) -> str:
         # Only with a folder's descriptor does os.link follow the link that /proc has for an open file.
         folder = os.open("/proc/self/fd", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
-            os.link(str(self._file.fileno()), path, src_dir_fd=folder, follow_symlinks=True)
+            while True:
+                path = os.path.join(self._folder, f"{BEGIN}{secrets.token_hex(8)}{PARTIAL}")
+                with contextlib.suppress(FileExistsError):
+                    os.link(str(self._file.fileno()), path, src_dir_fd=folder, follow_symlinks=True)
+                    return path
+        finally:
+            os.close(folder)
+
+    def _sync_folder(self) -> None:
+        """Make the name durable as well; some file systems know no such thing."""
+        try:
+            folder = os.open(self._folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        except PermissionError:  # a folder that can be written, not read
+            return
+        try:
+            os.fsync(folder)
+        except OSError as error:
+            if error.errno != errno.EINVAL:
+                raise
         finally:
             os.close(folder)
 
     def close(self) -> None:
         """Close; what is incomplete is removed."""
         self._file.close()
-        if self._named and not self._complete:
+        if self._aside is not None:
             with contextlib.suppress(OSError):
-                os.unlink(self._partial)
+                os.unlink(self._aside)
+            self._aside = None

@@ -58,7 +58,8 @@ class RamState:
         -------
         tuple or None
             Numbers of at most `max_pages` non-zero pages, their contents one after another, and the numbers of zero
-            pages met on the way; None when the pass is over. All three are valid until the next call.
+            pages met on the way, which take no more room than those; None when the pass is over. All three are valid
+            until the next call.
         """
         while self._region < len(self.memory.regions):
             region = self.memory.regions[self._region]
@@ -75,7 +76,7 @@ class RamState:
                 bitmap.words(self._pages),
                 min(max_pages, MAX_PAGES),
                 bitmap.words(self._zeros),
-                MAX_ZEROS,
+                min(max_pages * (PAGE_SIZE // self._zeros.itemsize), MAX_ZEROS),
                 self._out,
             )
             self._cursor = self._at[0]

@@ -6,7 +6,8 @@ import time
 from dataclasses import replace
 from typing import Any
 
-from host_qemu_side.migration import Cancelled, HintRunStats, Limits, MigrationResult, Phase
+from host_qemu_side.migration import MIN_BANDWIDTH, Cancelled, HintRunStats, Limits, MigrationResult, Phase
+from host_qemu_side.migration.address import parse_address
 from host_qemu_side.migration.connecting import Connecting
 from host_qemu_side.migration.output import FileOutput, SocketOutput
 from host_qemu_side.monitor.dispatch import Command, Param
@@ -113,7 +114,10 @@ class MigrationCommands:
         if self._host.device.hinting.active:
             raise QmpError("a run of hints is going on (query-hint); end it by hint-stop or hint-done first")
         self._close()
-        self._connecting = Connecting(uri)
+        address = parse_address(uri)
+        if address.kind == "fd":
+            raise QmpError(f"{uri!r}: no descriptors here; write unix:PATH, tcp:HOST:PORT or file:PATH")
+        self._connecting = Connecting(address)
         self._wanted = {"hints": hints, "verify": verify}
         self._runner, self._error, self._began = None, None, time.monotonic()
         self._setup_ms = self._total_ms = 0
@@ -132,8 +136,11 @@ class MigrationCommands:
     def set_parameters(self, **wanted: int) -> None:
         """Set limits, also of a migration that is going on."""
         bandwidth, downtime = wanted.get("max_bandwidth"), wanted.get("downtime_limit")
-        if bandwidth is not None and not 0 <= bandwidth < 2**63:
-            raise QmpError("Parameter 'max-bandwidth' expects an integer in the range of 0 to 2^63 - 1 bytes/second")
+        if bandwidth is not None and not (bandwidth == 0 or MIN_BANDWIDTH <= bandwidth < 2**63):
+            raise QmpError(
+                f"Parameter 'max-bandwidth' expects 0 or an integer in the range of {MIN_BANDWIDTH} to 2^63 - 1 "
+                "bytes/second"
+            )
         if downtime is not None and not 0 <= downtime <= MAX_DOWNTIME_MS:
             raise QmpError(f"Parameter 'downtime-limit' expects an integer in the range of 0 to {MAX_DOWNTIME_MS} ms")
         if bandwidth is not None:

@@ -6,62 +6,20 @@ entered again by a command only where it calls `step` itself.
 
 from __future__ import annotations
 
-import contextlib
 import logging
-import os
 import socket
-import stat
 import time
 from typing import Any
 
 from host_qemu_side.loop import READ, WRITE, Loop
 from host_qemu_side.monitor.dispatch import Dispatcher, Session
-from vring.errors import UsageError
+from vring.unix_socket import UnixListener
 
-__all__ = ["MonitorServer", "listen_unix", "remove_stale"]
+__all__ = ["MonitorServer"]
 
 log = logging.getLogger(__name__)
 MAX_CLIENTS = 16
 READ_SIZE = 16 << 10
-
-
-def remove_stale(path: str) -> None:
-    """Remove a socket nobody listens on: what a process that was killed left behind. Anything else stays."""
-    try:
-        if not stat.S_ISSOCK(os.lstat(path).st_mode):  # connecting to a plain file is refused just the same
-            return
-    except OSError:
-        return
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK) as probe:
-        try:
-            probe.connect(path)
-        except ConnectionRefusedError:
-            with contextlib.suppress(OSError):
-                os.unlink(path)
-        except OSError:
-            pass
-
-
-def listen_unix(path: str) -> socket.socket:
-    """Return a listening Unix socket that only this user may connect to.
-
-    Raises
-    ------
-    UsageError
-        If one cannot listen there.
-    """
-    remove_stale(path)
-    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK)
-    mask = os.umask(0o177)
-    try:
-        listener.bind(path)
-        listener.listen(MAX_CLIENTS)
-    except OSError as error:
-        listener.close()
-        raise UsageError(f"cannot listen on {path}: {error.strerror or error}") from error
-    finally:
-        os.umask(mask)
-    return listener
 
 
 class _Client:
@@ -145,14 +103,14 @@ class MonitorServer:
 
     def __init__(self, loop: Loop, path: str, dispatcher: Dispatcher) -> None:
         self.loop, self.dispatcher = loop, dispatcher
-        self._path = path
         self._clients: list[_Client] = []
-        self._listener = listen_unix(path)
+        self._listener = UnixListener(path, MAX_CLIENTS)
+        self._listener.socket.setblocking(False)
         loop.watch(self._listener.fileno(), self._accept)
 
     def _accept(self) -> None:
         try:
-            connection, _ = self._listener.accept()
+            connection, _ = self._listener.socket.accept()
         except OSError:
             return
         connection.setblocking(False)
@@ -192,5 +150,3 @@ class MonitorServer:
         self._clients = []
         self.loop.unwatch(self._listener.fileno())
         self._listener.close()
-        with contextlib.suppress(OSError):
-            os.unlink(self._path)

@@ -18,8 +18,9 @@ from host_qemu_side.loop import Loop
 from host_qemu_side.vhost_user.rings import Rings, close_fd
 from vring import vhost_user as vu
 from vring.device import Device
-from vring.errors import UsageError, VirtioError
+from vring.errors import VirtioError
 from vring.memory import GuestMemory, Region
+from vring.unix_socket import UnixListener
 from vring.vhost_user import ProtocolFeature, Request, VhostUserError
 
 __all__ = ["VhostUserBackend"]
@@ -59,8 +60,7 @@ class VhostUserBackend:
         self.connections = 0
         self._on_disconnect = on_disconnect
         self._on_memory = on_memory
-        self._listener: socket.socket | None = None
-        self._path: str | None = None
+        self._listener: UnixListener | None = None
         self._socket: socket.socket | None = None
         self._request: socket.socket | None = None
         self._rings = Rings(device, loop, self.deliver)
@@ -73,16 +73,15 @@ class VhostUserBackend:
     # -- connecting -----------------------------------------------------------------------------------------------
 
     def listen(self, path: str) -> None:
-        """Wait for front ends on a Unix socket, one at a time."""
-        self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK)
-        try:
-            self._listener.bind(path)
-        except OSError as error:
-            self._listener.close()
-            self._listener = None
-            raise UsageError(f"cannot listen on {path}: {error.strerror}") from error
-        self._path = path
-        self._listener.listen(1)
+        """Wait for front ends on a Unix socket, one at a time.
+
+        Raises
+        ------
+        UsageError
+            If one cannot listen there, such as where another process does.
+        """
+        self._listener = UnixListener(path, 1)
+        self._listener.socket.setblocking(False)
         self.loop.watch(self._listener.fileno(), self._accept)
 
     def serve(self, connection: socket.socket) -> None:
@@ -95,7 +94,7 @@ class VhostUserBackend:
     def _accept(self) -> None:
         assert self._listener is not None
         with contextlib.suppress(BlockingIOError):
-            connection, _ = self._listener.accept()
+            connection, _ = self._listener.socket.accept()
             if self._socket is not None:
                 log.warning("vhost-user: a second front end tried to connect and was turned away")
                 connection.close()
@@ -134,10 +133,6 @@ class VhostUserBackend:
             self.loop.unwatch(self._listener.fileno())
             self._listener.close()
             self._listener = None
-        if self._path is not None:
-            with contextlib.suppress(OSError):
-                os.unlink(self._path)
-            self._path = None
 
     def disconnect(self, why: str | None = "the back end closed the connection") -> None:
         """End the connection and reset the device; with a listener another front end may come.

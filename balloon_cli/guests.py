@@ -1,0 +1,136 @@
+"""Whether a guest can be had: sizes and workloads that cannot work, and memory that is not there.
+
+All of this is known before a guest boots. What a guest's workload will take is an estimate from below.
+"""
+
+from __future__ import annotations
+
+import click
+
+from balloon_cli.machine import address_room, memory_room
+from guest_driver.fitting import check_memory, check_workload
+from guest_driver.workloads import FORMS, BuildSpec, ChurnSpec, WriterSpec, parse_workload
+from vring.errors import MissingFacility, UsageError
+from vring.sizes import format_size
+
+__all__ = ["check_linux_guest", "check_python_guest", "require_memory"]
+
+MIN_MEMORY = 16 << 20
+LINUX_KERNEL = 32 << 20
+"""What a Linux guest needs for itself, at the very least."""
+BOOKKEEPING = 64
+"""Each page of a guest costs its processes a byte or so per this many: bitmaps, digests, the guest's mem_map."""
+PROGRAM = 160 << 20
+"""Address space that the program itself takes."""
+
+
+def _bad(option: str, error: UsageError) -> click.BadParameter:
+    return click.BadParameter(str(error), param_hint=option)
+
+
+def _parsed(workload: str) -> None:
+    try:
+        parse_workload(workload)
+    except UsageError as error:
+        text = str(error) if FORMS in str(error) else f"{error}; valid are: {FORMS}"
+        raise click.BadParameter(text, param_hint="--workload") from error
+
+
+def check_python_guest(memory: int, workload: str, *, least: int = MIN_MEMORY, low: int = 0) -> None:
+    """See that an embedded guest can have this memory, and this workload in it.
+
+    Parameters
+    ----------
+    memory
+        Bytes of RAM.
+    workload
+        See `guest_driver.workloads.parse_workload`.
+    least
+        Bytes of RAM below which there is no use in it.
+    low
+        Bytes at its beginning that the guest leaves alone.
+
+    Raises
+    ------
+    click.BadParameter
+        If it cannot; the message names the option.
+    """
+    if memory < least:
+        raise _bad("--memory", UsageError(f"{format_size(memory)} is too little, at least {least >> 20}M"))
+    try:
+        check_memory(memory)
+    except UsageError as error:
+        raise _bad("--memory", error) from error
+    _parsed(workload)
+    try:
+        check_workload(workload, memory, low=low)
+    except UsageError as error:
+        raise _bad("--workload", error) from error
+
+
+def check_linux_guest(memory: int, workload: str) -> None:
+    """See the same of a Linux guest; arguments and errors as for `check_python_guest`."""
+    from balloon_cli.migrate_linux import tool_commands
+    from host_qemu_side.linux_guest.launch import check_memory as check_linux_memory
+
+    try:
+        check_linux_memory(memory)
+    except UsageError as error:
+        raise _bad("--memory", error) from error
+    _parsed(workload)
+    try:
+        tool_commands(workload, 1)
+        room, sets = memory - LINUX_KERNEL, _written(workload, memory)[1]
+        if sets > room:
+            raise UsageError(
+                f"workload {workload!r} needs {format_size(sets)} for its working sets, and a Linux guest of "
+                f"{format_size(memory)} has less than {format_size(room)} for them"
+            )
+    except UsageError as error:
+        raise _bad("--workload", error) from error
+
+
+def _written(workload: str, memory: int) -> tuple[int, int]:
+    """Return how much of its memory a guest with this workload writes, and how much of that are working sets."""
+    parts = parse_workload(workload)
+    sets = sum(part.size for part in parts if isinstance(part, WriterSpec))
+    if any(isinstance(part, ChurnSpec) for part in parts):
+        return memory, sets
+    return max(sets, memory // 2 if any(isinstance(part, BuildSpec) for part in parts) else 0), sets
+
+
+def require_memory(memory: int, workload: str, *, linux: bool = False, here: bool = True) -> None:
+    """See that this machine has the memory for a migration, as far as that can be known.
+
+    Parameters
+    ----------
+    memory
+        Bytes of the guest's RAM.
+    workload
+        What it does with it.
+    linux
+        Whether it is a Linux guest, whose RAM is a file and can be written out.
+    here
+        Whether its destination is a process of this machine, too, and holds the content again.
+
+    Raises
+    ------
+    MissingFacility
+        If not; the message says what sets the bound.
+    """
+    written, _ = _written(workload, memory)
+    copies = (0 if linux else 1) + (1 if here else 0)
+    needed = written * copies + memory // BOOKKEEPING
+    room = memory_room()
+    if needed > room.available:
+        raise MissingFacility(
+            f"a guest with {format_size(memory)} and the workload {workload} needs {format_size(needed)} of memory"
+            f"{' with its destination' if here else ''}, and {room.limit} has {format_size(room.available)} left: "
+            "give it less with --memory"
+        )
+    space = address_room()
+    if space is not None and memory + PROGRAM > space.available:
+        raise MissingFacility(
+            f"a guest with {format_size(memory)} needs address space for it, and {space.limit} leaves "
+            f"{format_size(space.available)}: raise it, or give the guest less with --memory"
+        )
