@@ -316,23 +316,29 @@ def spelled(command: click.Command) -> set[str]:
     return {word for parameter in parameters(command) for word in parameter.opts if not parameter.hidden}
 
 
-def test_commands_in_the_text_exist() -> None:
-    """Also where a page only mentions a command or a script, in the middle of a sentence."""
-    known = dict(commands())
-    wrong = []
+def mentioned() -> Iterator[tuple[str, str]]:
+    """Yield commands that are named in the middle of a page's sentence, or among the examples of a help text."""
     for page in PAGES:
         for span in re.findall(r"`([^`\n]+)`", re.sub(r"(?ms)^```.*?^```$", "", page.read_text())):
-            if script := re.match(r"\S*python (\S+\.py)", span):
-                good = (ROOT / script[1]).exists()
-            elif re.match(r"balloon [^-]", span):
-                named = [name for name in known if f"{span} ".startswith(f"{name} ")]
-                good = bool(named) and set(re.findall(r" (--?[a-z][a-z-]*)", span)) <= {
-                    "--help",
-                    *spelled(known[named[-1]]),
-                }
-            else:
-                continue
-            wrong += [] if good else [(page.name, span)]
+            yield page.name, span
+    for name, command in commands():
+        for line in re.findall(r"(?m)^ *(balloon .*?)(?:  |$)", f"{command.help}\n{command.epilog}"):
+            yield f"{name} --help", line
+
+
+def test_commands_that_are_mentioned_exist() -> None:
+    known = dict(commands())
+    wrong = []
+    for where, text in mentioned():
+        if script := re.match(r"\S*python (\S+\.py)", text):
+            good = (ROOT / script[1]).exists()
+        elif re.match(r"balloon [^-]", text):
+            named = [name for name in known if f"{text} ".startswith(f"{name} ")]
+            used = set(re.findall(r" (--?[a-z][a-z-]*)", text)) - {"--help"}
+            good = bool(named) and used <= spelled(known[named[-1]])
+        else:
+            continue
+        wrong += [] if good else [(where, text)]
     assert not wrong
 
 
