@@ -132,10 +132,14 @@ def clone(tmp_path: Path) -> Path:
 
 
 def plain_environment() -> dict[str, str]:
-    """The environment of a reader who has not activated anything."""
+    """The environment of a reader who has not activated anything.
+
+    The virtual environment is the one these tests run in: should `./run` want to build after all, pip changes nothing.
+    """
     kept = {name: value for name, value in os.environ.items() if name not in ("VIRTUAL_ENV", "PYTHONPATH", "COLUMNS")}
     ours = os.path.join(sys.prefix, "bin")
-    return kept | {"PATH": os.pathsep.join(p for p in kept["PATH"].split(os.pathsep) if p != ours)}
+    path = os.pathsep.join(p for p in kept["PATH"].split(os.pathsep) if p != ours)
+    return kept | {"PATH": path, "PIP_DRY_RUN": "1"}
 
 
 class Reader:
