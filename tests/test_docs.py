@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import signal
@@ -257,21 +258,19 @@ NUMBER = re.compile(r"(?<![\w.])\d[\d,]*(?:\.\d+)?(?![\w.])")
 TOLERANCE = 0.1
 
 
-def figures(line: str) -> tuple[str, list[float]]:
-    """Return a line without its figures, and those that are the same on every machine.
-
-    Times are not, and on a line with times a fraction may be a ratio of them.
-    """
+def figures(line: str) -> tuple[str, list[str]]:
+    """Return a line without its times, and with its other figures apart."""
     timeless = TIME.sub("TIME", " ".join(re.sub(r"([━─])\1+", r"\1", line).split()))
-    numbers = [n for n in NUMBER.findall(timeless) if "." not in n or "TIME" not in timeless]
-    return NUMBER.sub("#", timeless), [float(n.replace(",", "")) for n in numbers]
+    return NUMBER.sub("#", timeless), NUMBER.findall(timeless)
 
 
 def agrees(shown: str, answered: str) -> bool:
-    (words, numbers), (other_words, others) = figures(shown), figures(answered)
-    return words == other_words and all(
-        abs(a - b) <= TOLERANCE * max(a, b) for a, b in zip(numbers, others, strict=True)
-    )
+    """Whether two lines say the same, on machines of different speed: a fraction beside times may be their ratio."""
+    (words, ours), (other_words, theirs) = figures(shown), figures(answered)
+    if words != other_words:
+        return False
+    pairs = [(a, b) for a, b in zip(ours, theirs, strict=True) if "TIME" not in words or "." not in a + b]
+    return all(math.isclose(*(float(n.replace(",", "")) for n in pair), rel_tol=TOLERANCE) for pair in pairs)
 
 
 def compare(block: Block, answer: str) -> None:
