@@ -25,7 +25,7 @@ try:
     from unicorn.arm64_const import UC_ARM64_REG_PC, UC_ARM64_REG_X19, UC_ARM64_REG_X20
     from unicorn.x86_const import UC_X86_REG_RBX, UC_X86_REG_RIP, UC_X86_REG_RSI
 except ImportError:
-    print("this example needs the emulator: pip install 'virtio-balloon[embed]'", file=sys.stderr)
+    print("this example needs the emulator: pip install unicorn", file=sys.stderr)
     sys.exit(3)
 
 RAM, RAM_BYTES = 0x80000000, 2 << 20

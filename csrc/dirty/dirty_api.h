@@ -30,7 +30,8 @@ int64_t dirty_runs(const uint64_t *map, uint64_t first, uint64_t end, uint64_t *
 
 /* ---- a log shared between writers and one reader, in one process or several ---- */
 
-/* Mark pages written. Release order: whoever fetches the bit sees the store that came before. */
+/* Mark pages written, after the store or the completion of the I/O. Release order: whoever fetches the bit
+ * sees the store that came before. */
 void dirty_log_mark(uint64_t *log, uint64_t first, uint64_t n);
 /* Mark every page that the `count` byte ranges touch. */
 void dirty_log_mark_ranges(uint64_t *log, uint64_t pages, const uint64_t *addr, const uint64_t *len,
@@ -71,7 +72,10 @@ int dirty_uffd_open(void);
 int dirty_uffd_register(int uffd, uint64_t start, uint64_t len);
 /* From a descriptor of /proc/PID/pagemap: or the pages of [start, start + len) written since the last scan
  * into `into` (bit first_page stands for the page at `start`) and re-protect them, in one step per page.
- * Returns how many were written; -EPERM if the range is not registered for asynchronous write protection. */
+ * Returns how many were written; -EPERM if the range is not registered for asynchronous write protection.
+ * I/O into pages that the kernel pins (O_DIRECT reads, registered buffers of io_uring) counts as written when
+ * they are pinned; data that lands after a scan is in no later one. Mark such pages by dirty_log_mark_ranges
+ * when the I/O has completed, and fetch that log into the same bitmap after each scan. */
 int64_t dirty_pagemap_scan(int pagemap, uint64_t start, uint64_t len, uint64_t first_page, uint64_t *into);
 
 /* ---- cachestat (Linux 6.5) ---- */

@@ -1,4 +1,8 @@
-"""Dirty log of pages that their writer marks: emulators (as TCG does), and what a device itself writes."""
+"""Dirty log of pages that their writer marks.
+
+For emulators (as TCG does), for what a device itself writes, and for I/O that lands where the kernel's trackers do not
+see it.
+"""
 
 from __future__ import annotations
 
@@ -65,13 +69,39 @@ class SoftwareDirtyLog:
         return max((pages + 63) // 64 * 8, mmap.PAGESIZE)
 
     def mark(self, first: int, pages: int = 1) -> None:
-        """Log pages ``[first, first + pages)`` as written. Call it after the store."""
+        """Log pages as written. Call it after the store, and for I/O in the background after its completion.
+
+        Parameters
+        ----------
+        first
+            Page number: guest address divided by 4096.
+        pages
+            How many.
+
+        Raises
+        ------
+        UsageError
+            If they are not all inside the log.
+        """
         if first < 0 or first + pages > self.pages:
             raise UsageError(f"pages {first}..{first + pages} are outside a dirty log of {self.pages} pages")
         lib.dirty_log_mark(self._words, first, pages)
 
     def mark_range(self, gpa: int, length: int) -> None:
-        """Log all pages that the bytes ``[gpa, gpa + length)`` touch."""
+        """Log all pages that a range of bytes touches, as `mark`.
+
+        Parameters
+        ----------
+        gpa
+            Guest address of the first byte.
+        length
+            Bytes; 0 logs nothing.
+
+        Raises
+        ------
+        UsageError
+            If they are not all inside the log.
+        """
         if length > 0:
             self.mark(gpa >> 12, ((gpa + length - 1) >> 12) - (gpa >> 12) + 1)
 

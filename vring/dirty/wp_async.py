@@ -1,9 +1,12 @@
 """Dirty log by userfaultfd WP_ASYNC and PAGEMAP_SCAN (Linux 6.7): the kernel notes each first write to a page.
 
 The process that owns the mapping registers it (`WriteProtection`); whoever migrates it scans its pagemap
-(`WpAsyncDirtyLog`). Covers stores of that process through that mapping, also those the kernel makes for it (`read`,
-`recv`). Not seen: a second mapping, another process, a forked child; the mapping is therefore MADV_DONTFORK and what
-a device writes goes into a `vring.dirty.software.SoftwareDirtyLog` beside it.
+(`WpAsyncDirtyLog`). Covers stores of that process through that mapping, also those the kernel makes for it while the
+call lasts (`recv`, `read` from the page cache). Not seen: a second mapping, another process, a forked child; the
+mapping is therefore MADV_DONTFORK and what a device writes goes into a `vring.dirty.software.SoftwareDirtyLog` beside
+it. Nor is data seen that lands in pages which the kernel has pinned (O_DIRECT reads, registered buffers of io_uring):
+they count as written when they are pinned, not when the data comes. Whoever does such I/O marks its pages in that same
+log when it has completed.
 """
 
 from __future__ import annotations
@@ -71,6 +74,10 @@ class WriteProtection:
 
 class WpAsyncDirtyLog:
     """Pages that a process wrote in its registered mapping of guest memory.
+
+    Direct and asynchronous I/O into that memory needs a `vring.dirty.software.SoftwareDirtyLog` beside this log, joined
+    by `vring.dirty.combined.CombinedLog` and marked when the I/O has completed: here its pages count as written when it
+    is submitted, and a sync before the data lands would be the last to report them.
 
     Parameters
     ----------
