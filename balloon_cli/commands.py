@@ -19,7 +19,7 @@ from balloon_cli.ctl import ctl
 from balloon_cli.doctor import DoctorOptions
 from balloon_cli.drive_commands import compare, drive
 from balloon_cli.errors import MISSING, OK, USAGE, VANISHED, exit_code, message
-from balloon_cli.guests import check_linux_guest, check_python_guest, require_memory
+from balloon_cli.guests import check_linux_guest, check_python_guest, require_descriptors, require_memory
 from balloon_cli.live import LiveProgress, make_progress
 from balloon_cli.migrate import MigrateOptions, migrate_all, places
 from balloon_cli.options import (
@@ -162,7 +162,7 @@ Exit code 1 says that the oracle or the resumed guest found a wrong page.
 @click.option(
     "--work-dir",
     metavar="FOLDER",
-    help="For the Linux guest's RAM file: a folder on ext4 or xfs. Default: one in /var/tmp.",
+    help="For the Linux guest's RAM file: a folder on ext4 or xfs that others cannot change. Default: in /var/tmp.",
 )
 @linux_options
 @click.option("--seed", type=SEED, default=1, show_default=True, help="Of the guest's contents and choices.")
@@ -215,6 +215,7 @@ def _check_values(ctx: click.Context, options: dict[str, Any]) -> None:
     options["work_dir"] = options["work_dir"] or ""
     if options["to"] != "spawn":
         _check_destination(ctx, options)
+    require_descriptors()
     require_memory(
         options["memory"], options["workload"], linux=linux, here=options["to"].startswith(("spawn", "file"))
     )
@@ -293,6 +294,7 @@ def receive(
         raise click.BadParameter(str(error), param_hint="ADDRESS") from error
     if keep and no_resume:
         raise click.UsageError("--keep and --no-resume exclude each other")
+    require_descriptors()
     set_up_logging(verbose, None)
 
     def say(text: str) -> None:

@@ -38,7 +38,7 @@ from vring.dirty import wp_async
 from vring.dirty.software import SoftwareDirtyLog
 from vring.errors import MissingFacility, UsageError, VirtioError
 from vring.memory import GuestMemory
-from vring.programs import origin_of, version_of
+from vring.programs import APT_INSTALL, origin_of, version_of
 from vring.sizes import format_size
 
 __all__ = ["MISSING", "NOT_TRIED", "NOT_USABLE", "OK", "DoctorOptions", "Finding", "examine", "print_findings"]
@@ -373,9 +373,9 @@ def _find(name: str, needed_for: str, check: Callable[[], str]) -> Finding:
     except Cancelled:
         raise
     except MissingFacility as error:
-        detail, _, todo = str(error).partition(": apt install ")
+        detail, _, todo = str(error).partition(f": {APT_INSTALL} ")
         if todo:
-            return Finding(name, MISSING, detail, needed_for, f"apt install {todo}")
+            return Finding(name, MISSING, detail, needed_for, f"{APT_INSTALL} {todo}")
         return Finding(name, NOT_USABLE, detail, needed_for, "see the message")
     except UsageError as error:  # what was named is not there
         return Finding(name, MISSING, str(error), needed_for, "name another")

@@ -14,7 +14,7 @@ from rich.text import Text
 from balloon_cli import report
 from balloon_cli.compare import CompareOptions, compare_all
 from balloon_cli.drive import DriveOptions, drive_all, drive_findings, drive_summary
-from balloon_cli.guests import check_python_guest, require_memory
+from balloon_cli.guests import check_python_guest, require_descriptors, require_memory
 from balloon_cli.live import LiveProgress, make_progress
 from balloon_cli.migrate import Progress
 from balloon_cli.options import BANDWIDTH, SECONDS, SEED, SIZE, fail_if, qemu_option, set_up_logging
@@ -110,6 +110,7 @@ def _start(name: str, options: dict[str, Any], verbose: int) -> tuple[DriveOptio
     if memory % (1 << 20) or not MIN_MEMORY <= memory <= MAX_MEMORY:
         raise click.BadParameter(f"{format_size(memory)}: whole MiB from 32M to 2G", param_hint="--memory")
     check_python_guest(memory, options["workload"], least=MIN_MEMORY, low=LOW_MEMORY)
+    require_descriptors()
     require_memory(memory, options["workload"])
     console = Console(stderr=True)
     title = f"{name}: {format_size(memory)} guest, {options['workload']}, seed {options['seed']}"

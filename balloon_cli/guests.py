@@ -5,6 +5,8 @@ All of this is known before a guest boots. What a guest's workload will take is 
 
 from __future__ import annotations
 
+import resource
+
 import click
 
 from balloon_cli.machine import address_room, memory_room
@@ -13,15 +15,32 @@ from guest_driver.workloads import FORMS, BuildSpec, ChurnSpec, WriterSpec, pars
 from vring.errors import MissingFacility, UsageError
 from vring.sizes import format_size
 
-__all__ = ["check_linux_guest", "check_python_guest", "require_memory"]
+__all__ = ["check_linux_guest", "check_python_guest", "require_descriptors", "require_memory"]
 
 MIN_MEMORY = 16 << 20
+DESCRIPTORS = 64
+"""More than any command needs: rings and doorbells, memory, sockets, monitor clients."""
 LINUX_KERNEL = 32 << 20
 """What a Linux guest needs for itself, at the very least."""
 BOOKKEEPING = 64
 """Each page of a guest costs its processes a byte or so per this many: bitmaps, digests, the guest's mem_map."""
 PROGRAM = 160 << 20
 """Address space that the program itself takes."""
+
+
+def require_descriptors() -> None:
+    """See that enough files may be open: in the middle of a conversation with a guest each refusal has another face.
+
+    Raises
+    ------
+    MissingFacility
+        If not.
+    """
+    most, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if 0 <= most < DESCRIPTORS:
+        raise MissingFacility(
+            f"too few files may be open, {most}, and {DESCRIPTORS} are needed: allow more with ulimit -n {DESCRIPTORS}"
+        )
 
 
 def _bad(option: str, error: UsageError) -> click.BadParameter:

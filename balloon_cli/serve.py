@@ -15,7 +15,7 @@ import click
 from click.core import ParameterSource
 
 from balloon_cli.errors import INTERRUPTED
-from balloon_cli.guests import check_python_guest, require_memory
+from balloon_cli.guests import check_python_guest, require_descriptors, require_memory
 from balloon_cli.options import SEED, SIZE
 from balloon_cli.streams import nobody_reads
 from balloon_dev.device import DEFAULT_FEATURES
@@ -117,6 +117,7 @@ def _check_values(ctx: click.Context, options: dict[str, Any]) -> int:
         features = FEATURES if options["features"] is None else parse_features(options["features"])
     except UsageError as error:
         raise click.BadParameter(str(error), param_hint="--features") from error
+    require_descriptors()
     if options["guest"] is not None:
         require_memory(options["memory"], options["workload"], here=False)
     return features

@@ -1,7 +1,7 @@
 """The balloon device as a core without I/O: a transport feeds it calls, a hypervisor sets its targets.
 
 Implements `vring.device.Device`. What buffers mean is in `balloon_dev.requests`; what to do with a hint, with pages
-given up, or with what happened on the ring is the embedder's: `hint_sink`, `discard` and `tap`.
+given up, or with the elements of the free page queue is the embedder's: `hint_sink`, `discard` and `tap`.
 """
 
 from __future__ import annotations
@@ -82,6 +82,7 @@ class BalloonDevice(Requests):
         """Called with (command id, addresses, lengths) of hints that count, while their run is current and before
         their buffers are returned."""
         self.tap: RingTap | None = None
+        """Shown each command and each block of the free page queue, before it is judged; no other queue."""
         self.dirty_log: SoftwareDirtyLog | None = None
         """Where the device logs what it writes itself: used rings and discarded pages."""
         self.config = BalloonConfig(features)

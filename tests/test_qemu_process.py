@@ -45,7 +45,7 @@ def test_options_that_cannot_be(options: dict) -> None:
 def test_missing_qemu_names_the_package(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv(QEMU_ENVIRONMENT, raising=False)
-    with pytest.raises(MissingFacility, match="apt install qemu-system-x86"):
+    with pytest.raises(MissingFacility, match="apt install --no-install-recommends qemu-system-x86"):
         find_qemu("mmio")
     command = [sys.executable, "-m", "balloon_cli", "drive", "--memory", "64M"]
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ}, timeout=60, check=False)

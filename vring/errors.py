@@ -18,7 +18,7 @@ __all__ = [
 ]
 
 
-def quoted(text: str, most: int = 60) -> str:
+def quoted(text: str, most: int = 200) -> str:
     """Return what somebody wrote, in quotes and printable, of a long text only the beginning."""
     return repr(text) if len(text) <= most else f"{text[:most]!r}... ({len(text)} characters)"
 

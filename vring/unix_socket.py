@@ -37,7 +37,7 @@ def socket_path(path: str) -> str:
         raise UsageError(f"{quoted(path)} cannot be the path of a socket: write a name such as /tmp/balloon.sock")
     if size > MAX_PATH:
         raise UsageError(
-            f"{quoted(path, 200)}: {size} bytes are too long for the path of a Unix socket, it can have {MAX_PATH}; "
+            f"{quoted(path)}: {size} bytes are too long for the path of a Unix socket, it can have {MAX_PATH}; "
             "choose a shorter one"
         )
     return path

@@ -8,8 +8,8 @@ from dataclasses import asdict, dataclass
 from functools import cache
 from typing import Any
 
-from vring.errors import MissingFacility, UsageError
-from vring.programs import origin_of, version_of
+from vring.errors import MissingFacility, UsageError, quoted
+from vring.programs import APT_INSTALL, origin_of, version_of
 
 __all__ = ["BINARIES", "QEMU_ENVIRONMENT", "QemuBinary", "find_qemu"]
 
@@ -64,9 +64,9 @@ def find_qemu(transport: str, qemu: str = "") -> QemuBinary:
         path = shutil.which(os.path.abspath(named) if named else name)
     if path is None and named:
         what = f"a folder without {name}" if os.path.isdir(named) else "no program that can be executed"
-        raise UsageError(f"the QEMU that was named is {what}: {named}")
+        raise UsageError(f"the QEMU that was named is {what}: {quoted(named)}")
     if path is None:
-        raise MissingFacility(f"no {name} on this machine: apt install {PACKAGE}")
+        raise MissingFacility(f"no {name} on this machine: {APT_INSTALL} {PACKAGE}")
     return _examined(os.path.abspath(path))
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from host_qemu_side.linux_guest.kernel import GuestKernel, find_kernel
 from host_qemu_side.linux_guest.work_folder import compiled, kept
 from vring.errors import MissingFacility
+from vring.programs import APT_INSTALL
 
 __all__ = ["Entry", "build", "cpio", "find_busybox"]
 
@@ -32,10 +33,10 @@ def find_busybox() -> Path:
     """
     found = shutil.which("busybox") or ("/bin/busybox" if Path("/bin/busybox").exists() else None)
     if found is None:
-        raise MissingFacility("no busybox on this machine: apt install busybox-static")
+        raise MissingFacility(f"no busybox on this machine: {APT_INSTALL} busybox-static")
     path = Path(found)
     if b"/ld-linux" in path.read_bytes():
-        raise MissingFacility(f"{path} is dynamically linked: apt install busybox-static")
+        raise MissingFacility(f"{path} is dynamically linked: {APT_INSTALL} busybox-static")
     return path
 
 

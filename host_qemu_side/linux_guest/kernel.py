@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from vring.errors import MissingFacility, UsageError
-from vring.programs import Origin, origin_of, version_of
+from vring.errors import MissingFacility, UsageError, quoted
+from vring.programs import APT_INSTALL, Origin, origin_of, version_of
 
 __all__ = ["KERNEL_ENVIRONMENT", "MODULES_ENVIRONMENT", "GuestKernel", "find_kernel"]
 
@@ -70,27 +70,27 @@ def find_kernel(
     folder = os.fspath(modules or os.environ.get(MODULES_ENVIRONMENT, ""))
     if folder:
         if not os.path.isdir(folder):
-            raise UsageError(f"the folder of the guest kernel's modules is not there: {folder}")
+            raise UsageError(f"the folder of the guest kernel's modules is not there: {quoted(folder)}")
         places = [Path(folder).absolute()]
     else:
         beside = Path(os.path.realpath(path)).parent.parent / "lib/uml/modules"
         places = [beside] if beside == _MODULES else [beside, _MODULES]
-    todo = "name the folder of its modules" if named or folder else f"apt install {PACKAGE}"
+    todo = "name the folder of its modules" if named or folder else f"{APT_INSTALL} {PACKAGE}"
     return GuestKernel(path, _find_module(places, release, todo, exact=not folder), release)
 
 
 def _named_program(name: str) -> Path:
     if not os.path.isfile(name):
-        raise UsageError(f"the guest's kernel is not there: {name}")
+        raise UsageError(f"the guest's kernel is not there: {quoted(name)}")
     if not os.access(name, os.X_OK):
-        raise UsageError(f"the guest's kernel is not a program that can be executed: {name}")
+        raise UsageError(f"the guest's kernel is not a program that can be executed: {quoted(name)}")
     return Path(name).absolute()
 
 
 def _installed_program() -> Path:
     found = shutil.which("linux.uml")
     if found is None:
-        raise MissingFacility(f"no linux.uml on this machine: apt install {PACKAGE}")
+        raise MissingFacility(f"no linux.uml on this machine: {APT_INSTALL} {PACKAGE}")
     return Path(found).absolute()
 
 

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from vring.errors import MissingFacility, UsageError
-from vring.programs import run_program
+from vring.programs import APT_INSTALL, run_program
 
 __all__ = ["compiled", "find_compiler", "kept", "own_folder"]
 
@@ -117,7 +117,7 @@ def find_compiler() -> list[str]:
             return [found, *said[1:]]
     if said:
         raise MissingFacility(f"CC in the environment says {' '.join(said)!r}, and there is no {said[0]}")
-    raise MissingFacility("no C compiler on this machine: apt install gcc libc6-dev")
+    raise MissingFacility(f"no C compiler on this machine: {APT_INSTALL} gcc libc6-dev")
 
 
 def compiled(source: Path, flags: list[str], folder: Path) -> bytes:
