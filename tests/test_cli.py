@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import time
@@ -329,6 +331,49 @@ def test_a_source_that_vanishes_and_a_stranger_are_told_apart(tmp_path: Path) ->
         assert process.returncode == code, err
         assert "Traceback" not in err
         assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "[::1]"])
+def test_who_connects_and_goes_does_not_end_a_receiver(host: str) -> None:
+    """Somebody who looks whether the port is open, before the source comes; and a name with several addresses."""
+    process, address = receiver(f"tcp:{host}:0", "--json")
+    port = int(address.rpartition(":")[2])
+    for how in (socket.SHUT_WR, socket.SHUT_RDWR, None):
+        with socket.create_connection((host.strip("[]"), port)) as peer:
+            if how is None:  # a reset, as of a scanner
+                peer.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            else:
+                peer.shutdown(how)
+        assert process.stderr is not None
+        assert "still waiting for a migration" in process.stderr.readline()
+    done = subprocess.run([*MIGRATE, "--to", address], capture_output=True, text=True, timeout=60)
+    out, err = process.communicate(timeout=30)
+    assert done.returncode == 0, done.stderr
+    assert process.returncode == 0, err
+    assert json.loads(out)["resumed"]["pages_wrong"] == 0
+    assert json.loads(out)["from"] == f"tcp:{host}:0"
+
+
+def test_a_slow_link_is_only_slow(tmp_path: Path) -> None:
+    """10 KiB/s: pieces of 1 MiB would take longer than a destination waits for a word."""
+    command = [*BALLOON, "migrate", "--memory", "16M", "--workload", "idle", "--warm-up", "0", "--hints", "on"]
+    done = subprocess.run([*command, "--bandwidth", "10K", "--json"], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    (result,) = json.loads(done.stdout)["runs"]
+    assert result["oracle"]["pages_wrong"] == 0
+    first = result["rounds"][0]
+    assert 0 < first["bytes_sent"] < (10 << 10) * (first["seconds"] + 2)
+
+
+def test_a_folder_for_temporary_files_that_is_too_long_is_named(tmp_path: Path) -> None:
+    folder = tmp_path / ("x" * 100)
+    folder.mkdir()
+    command = [*BALLOON, "migrate", "--guest", "linux", "--memory", "64M", "--work-dir", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "TMPDIR": str(folder)})
+    assert done.returncode == 2
+    assert "bytes are too long for the path of a Unix socket" in done.stderr
+    assert "TMPDIR in the environment names another" in done.stderr
+    assert list(folder.iterdir()) == []
 
 
 def test_no_destination_is_exit_code_5_and_the_guest_goes_on(tmp_path: Path) -> None:

@@ -89,6 +89,26 @@ def test_limits_that_make_no_sense(world, limits):
         Migration(world.host_memory, world.guest_log, None, world, limits=Limits(**limits))
 
 
+@pytest.mark.parametrize(
+    ("bandwidth", "bytes_at_a_time"), [(4096.0, 4096), (MIB / 2, 48 << 10), (64.0 * MIB, MIB), (0, MIB)]
+)
+def test_pieces_follow_the_bandwidth(world, bandwidth, bytes_at_a_time):
+    """On a slow link few pages go at a time: a destination that hears nothing for a minute takes the source for dead."""
+    for pfn in world.alloc(0, 600):
+        world.write(pfn)
+    migration = world.migrate(bandwidth=bandwidth, max_rounds=1)
+    world.to_round(0)
+    sent, largest, longest = migration.result.bytes_sent, 0, 0.0
+    while not world.frozen and world.clock.now < 400:
+        wake = migration.step(world.clock.now)
+        largest = max(largest, migration.result.bytes_sent - sent)
+        longest = max(longest, wake - world.clock.now)
+        sent = migration.result.bytes_sent
+        world.clock.now = max(wake, world.clock.now)
+    assert bytes_at_a_time <= largest <= bytes_at_a_time * 2.1, "content, and as much again of numbers of zero pages"
+    assert longest <= 1.2
+
+
 def test_pages_add_up(world):
     """Every page is sent, zero, a hole, or spared by a hint."""
     for pfn in world.alloc(0, 64):

@@ -27,6 +27,15 @@ def test_example_runs(path: Path) -> None:
     assert done.stdout.strip()
 
 
+def test_what_an_example_lacks_is_code_3() -> None:
+    example = ROOT / "examples/qemu_qtest.py"
+    done = subprocess.run([sys.executable, example], capture_output=True, text=True, env={"PATH": "/nonexistent"})
+    assert done.returncode == 3
+    assert done.stdout == ""
+    assert "apt install --no-install-recommends qemu-system-x86" in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
 def test_ring_in_c(tmp_path: Path) -> None:
     """csrc/vring is of use without Python."""
     compiler = shutil.which("cc")
