@@ -93,7 +93,7 @@ def test_limits_that_make_no_sense(world, limits):
     ("bandwidth", "bytes_at_a_time"), [(4096.0, 4096), (MIB / 2, 48 << 10), (64.0 * MIB, MIB), (0, MIB)]
 )
 def test_pieces_follow_the_bandwidth(world, bandwidth, bytes_at_a_time):
-    """On a slow link few pages go at a time: a destination that hears nothing for a minute takes the source for dead."""
+    """Few pages at a time on a slow link: a destination that hears nothing for a minute takes the source for dead."""
     for pfn in world.alloc(0, 600):
         world.write(pfn)
     migration = world.migrate(bandwidth=bandwidth, max_rounds=1)

@@ -262,6 +262,18 @@ def test_freeze_and_thaw(guest: LinuxGuest) -> None:
     guest.run("killall guest_tool")
 
 
+@uml
+def test_a_frozen_guest_is_stopped_and_not_only_about_to_wait(guest: LinuxGuest) -> None:
+    """Its kernel answers before it has stored its last word, and its timer's signals come later still."""
+    assert guest.pid is not None
+    for _ in range(10):
+        with frozen(guest):
+            for task in Path(f"/proc/{guest.pid}/task").iterdir():
+                assert (task / "stat").read_text().rpartition(")")[2].split()[0] in "Tt"
+            assert guest.alive()
+        assert guest.run("echo here").output == "here\n"
+
+
 @pytest.fixture
 def with_device(tmp_path: Path, cache: Path) -> Iterator[tuple[LinuxGuest, BalloonDevice, Loop]]:
     loop = Loop()

@@ -40,6 +40,8 @@ Serve = Callable[[], object]
 _T = TypeVar("_T")
 _KEEPER = Path(__file__).resolve().with_name("keeper.py")
 _BALLOON_ID = 5
+_BLINK = 0.0005
+"""Seconds between two looks at a program that is about to stop."""
 _TRACES = re.compile("ptrace.*OK")
 """On the console once the guest's kernel has tried ptrace, which it does first of all."""
 
@@ -429,6 +431,23 @@ class LinuxGuest:
         if not done and words != "Already stopped":
             raise PeerVanished(f"the Linux guest refuses to stop: {words}")
         self.frozen = True
+        self._halt(timeout)
+
+    def _halt(self, timeout: float) -> None:
+        """Stop the kernel's program as well.
+
+        When its answer has come it still runs on to where it waits for the next request, late if this machine is busy,
+        and its timer's signals reach it there: both write a little into its memory.
+        """
+        pid = self.pid
+        assert pid is not None
+        deadline = time.monotonic() + timeout
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGSTOP)
+            while not _stopped(pid):
+                if time.monotonic() > deadline:
+                    raise PeerVanished(f"the Linux guest's kernel (process {pid}) does not stop in {timeout:g} s")
+                time.sleep(_BLINK)
 
     def thaw(self, serve: Serve | None = None, timeout: float = 10.0) -> None:
         """Let a frozen guest go on; a guest that is not frozen is left alone.
@@ -438,13 +457,19 @@ class LinuxGuest:
         PeerVanished
             If the guest is gone or does not answer in time.
         """
+        if self.frozen and self.pid is not None:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.pid, signal.SIGCONT)
         done, words = self._ask("go", timeout, serve)
         if not done and words != "Not stopped":
             raise PeerVanished(f"the Linux guest refuses to go on: {words}")
         self.frozen = False
 
     def alive(self, serve: Serve | None = None, timeout: float = 5.0) -> bool:
-        """Whether the guest's kernel answers, also when frozen; False if it is gone or silent for `timeout` seconds."""
+        """Whether the guest's kernel answers, or is frozen; False if it is gone or silent for `timeout` seconds."""
+        if self.frozen:
+            self.pump()
+            return self.end_reason is None and self.pid is not None and _stopped(self.pid)
         try:
             return self._ask("version", timeout, serve)[0]
         except PeerVanished:
@@ -521,6 +546,16 @@ class LinuxGuest:
             self._xstate.close()
             self._xstate = None
         self.frozen = False
+
+
+def _stopped(pid: int) -> bool:
+    """Return whether all threads of a process are stopped; no longer being there counts."""
+    with contextlib.suppress(OSError):
+        for task in os.listdir(f"/proc/{pid}/task"):
+            state = Path(f"/proc/{pid}/task/{task}/stat").read_text().rpartition(")")[2].split()[0]
+            if state not in "TtZX":
+                return False
+    return True
 
 
 def _descendants(root: int) -> list[int]:
