@@ -1,8 +1,9 @@
 #!/bin/sh
 # Compile every csrc/tests/*.c with the C rooms it names, under AddressSanitizer and UBSan, and run it.
 # A test says what it needs by its #include lines: "vring/..." links csrc/vring/*.c, and so on.
-# Usage: tests/sanitize.sh [SEED [SECONDS]]
+# Usage: [CC=COMPILER] [SANITIZERS=FLAGS] tests/sanitize.sh [SEED [SECONDS]]; SANITIZERS= for a compiler without any
 set -eu
+sanitizers=${SANITIZERS--fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer}
 root=$(cd "$(dirname "$0")/.." && pwd)
 out=$(mktemp -d)
 trap 'rm -rf "$out"' EXIT
@@ -13,9 +14,9 @@ for test in csrc/tests/*.c; do
     for room in $(sed -n 's|^#include "\([a-z_]*\)/.*|\1|p' "$test" | sort -u); do
         sources="$sources $(echo csrc/"$room"/*.c)"
     done
-    # shellcheck disable=SC2086 # a list of files, none with spaces
+    echo "sanitize: $name"
+    # shellcheck disable=SC2086 # lists of words
     ${CC:-cc} -std=c11 -g -O1 -Wall -Wextra -Werror -D_GNU_SOURCE -Icsrc \
-        -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer \
-        $sources -pthread -o "$out/$name"
+        $sanitizers $sources -pthread -o "$out/$name"
     "$out/$name" "${1:-1}" "${2:-5}"
 done
