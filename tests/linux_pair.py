@@ -266,6 +266,20 @@ class LinuxPair:
                 report = tags.scan(self.backend.memory.regions[0].fd, NONCE)
             assert report.ok, report.summary()
 
+    def settle(self) -> None:
+        """Take back what a test may have left; the guest obeys, its driver works, and nothing was wrong."""
+        assert not self.guest.frozen
+        assert self.run("echo sound", 5.0) == "sound\n"
+        assert self.device.queue(QueueRole.INFLATE) is not None
+        self.device.allowed.clear()
+        self.serve_queue(QueueRole.FREE_PAGE)
+        self.serve_queue(QueueRole.DEFLATE)
+        self.device.hint_sink = None
+        self.done()
+        self.set_target(0)
+        self.check()
+        assert not kernel_complains(self)
+
 
 @contextlib.contextmanager
 def linux_pair(folder: Path, **options: Any) -> Iterator[LinuxPair]:

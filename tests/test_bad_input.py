@@ -35,7 +35,7 @@ def react(peer: Peer, row: Row) -> Reaction:
     return reaction
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def qemu() -> Iterator[QemuPeer]:
     with QemuMachine(QemuOptions(memory=MEMORY)) as machine:
         peer = QemuPeer(machine)

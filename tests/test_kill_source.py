@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+from shared import Shared
 
 from balloon_dev.profiles import SPEC
 from host_qemu_side import destination
@@ -67,12 +68,15 @@ class Source:
 
 
 @pytest.fixture(scope="module")
-def source() -> Iterator[Source]:
-    made = Source()
-    try:
-        yield made
-    finally:
-        made.close()
+def sources() -> Iterator[Shared[Source]]:
+    with Shared(lambda: contextlib.closing(Source()), Source.assert_whole) as shared:
+        yield shared
+
+
+@pytest.fixture
+def source(sources: Shared[Source]) -> Source:
+    """One source for all: what fails in one migration is nothing to the next."""
+    return sources.get()
 
 
 @contextlib.contextmanager

@@ -5,11 +5,13 @@ One guest for most of it; the device is replaced through sysfs where other featu
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 from linux_pair import ALL, BLOCK, MIB, PAGE, LinuxPair, kernel_complains, linux_pair
+from shared import Shared
 
 from balloon_dev.config import POISON_VAL
 from balloon_dev.features import BalloonFeature, QueueRole
@@ -25,28 +27,47 @@ SLACK = 6 * MIB
 
 
 @pytest.fixture(scope="module")
-def booted(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LinuxPair]:
-    with linux_pair(tmp_path_factory.mktemp("linux"), features=QUIET) as pair:
-        pair.start_tagger()
-        yield pair
-        assert not kernel_complains(pair)
+def guests(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Shared[LinuxPair]]:
+    @contextlib.contextmanager
+    def boot() -> Iterator[LinuxPair]:
+        with linux_pair(tmp_path_factory.mktemp("linux"), features=QUIET) as pair:
+            pair.start_tagger()
+            yield pair
+
+    with Shared(boot, LinuxPair.settle) as shared:
+        yield shared
 
 
 @pytest.fixture
-def pair(booted: LinuxPair, request: pytest.FixtureRequest) -> Iterator[LinuxPair]:
+def pair(guests: Shared[LinuxPair], request: pytest.FixtureRequest) -> Iterator[LinuxPair]:
     """The shared guest, with the features a test asks for; afterwards it is as before and nothing was wrong."""
+    booted = guests.get()
     features = getattr(request, "param", QUIET)
     if booted.device.offered_features != features:
         booted.replug(features)
     booted.device.bad_requests.clear()
     yield booted
-    booted.device.allowed.clear()
-    booted.serve_queue(QueueRole.FREE_PAGE)
-    booted.serve_queue(QueueRole.DEFLATE)
-    booted.device.hint_sink = None
-    booted.done()
-    booted.set_target(0)
-    booted.check()
+    booted.settle()
+
+
+@pytest.mark.parametrize(
+    "hurt",
+    [
+        lambda pair: pair.guest.kill(),
+        lambda pair: pair.guest.freeze(pair.serve),
+        lambda pair: pair.unload(),
+        lambda pair: pair.backend.close(),
+    ],
+    ids=["ended", "frozen", "without driver", "without device"],
+)
+def test_who_hurts_the_shared_guest_hurts_nobody_else(
+    guests: Shared[LinuxPair], hurt: Callable[[LinuxPair], object]
+) -> None:
+    victim = guests.get()
+    hurt(victim)
+    other = guests.get()
+    assert other is not victim
+    other.settle()
 
 
 # -- inflate and deflate ---------------------------------------------------------------------------------------------
@@ -199,11 +220,20 @@ def test_ended_before_the_host_has_seen_all(pair: LinuxPair, ending: str) -> Non
 
 
 @pytest.fixture(scope="module")
-def big(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LinuxPair]:
+def big_guests(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Shared[LinuxPair]]:
+    def boot() -> contextlib.AbstractContextManager[LinuxPair]:
+        return linux_pair(tmp_path_factory.mktemp("big"), memory=1280 * MIB, features=QUIET)
+
+    with Shared(boot, LinuxPair.settle) as shared:
+        yield shared
+
+
+@pytest.fixture
+def big(big_guests: Shared[LinuxPair]) -> Iterator[LinuxPair]:
     """A guest with more free blocks than fit its queue, which User-Mode Linux makes of 256 entries in any case."""
-    with linux_pair(tmp_path_factory.mktemp("big"), memory=1280 * MIB, features=QUIET) as pair:
-        yield pair
-        assert not kernel_complains(pair)
+    booted = big_guests.get()
+    yield booted
+    booted.settle()
 
 
 @pytest.mark.parametrize("ending", ["STOP", "DONE", "unload"])

@@ -10,12 +10,13 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 from cli_support import descendants
+from shared import Shared
 
 from balloon_dev.device import BalloonDevice
 from balloon_dev.profiles import LINUX
@@ -26,7 +27,7 @@ from host_qemu_side.loop import Loop
 from host_qemu_side.vhost_user import VhostUserBackend
 from vring.dirty import DirtyLogVoid
 from vring.dirty.cachestat import CachestatLog
-from vring.errors import MissingFacility, PeerVanished, UsageError
+from vring.errors import MissingFacility, PeerVanished, UsageError, VirtioError
 from vring.memory import GuestMemory, Region
 
 MIB = 1 << 20
@@ -54,17 +55,37 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("initramfs")
 
 
+def check(guest: LinuxGuest) -> None:
+    """It takes commands and does what it is told."""
+    assert not guest.frozen
+    assert guest.run("echo sound", 5.0).output == "sound\n"
+
+
 @pytest.fixture(scope="module")
-def guest(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Iterator[LinuxGuest]:
-    try:
-        guest = LinuxGuest(256 * MIB, tmp_path_factory.mktemp("guest"), cache=cache)
-    except MissingFacility as missing:
-        pytest.skip(str(missing))
-    with guest:
-        began = time.monotonic()
-        guest.wait_ready()
-        assert time.monotonic() - began < 20
-        yield guest
+def guests(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Iterator[Shared[LinuxGuest]]:
+    @contextlib.contextmanager
+    def boot() -> Iterator[LinuxGuest]:
+        try:
+            guest = LinuxGuest(256 * MIB, tmp_path_factory.mktemp("guest"), cache=cache)
+        except MissingFacility as missing:
+            pytest.skip(str(missing))
+        with guest:
+            began = time.monotonic()
+            guest.wait_ready()
+            assert time.monotonic() - began < 20
+            yield guest
+
+    with Shared(boot, check) as shared:
+        yield shared
+
+
+@pytest.fixture
+def guest(guests: Shared[LinuxGuest]) -> Iterator[LinuxGuest]:
+    """The shared guest; whatever becomes of the test, what it started and wrote there is gone afterwards."""
+    guest = guests.get()
+    yield guest
+    with contextlib.suppress(VirtioError):  # then the next test gets another guest
+        guest.run("killall guest_tool; rm -rf /fill/*", check=False)
 
 
 @pytest.fixture
@@ -259,7 +280,32 @@ def test_freeze_and_thaw(guest: LinuxGuest) -> None:
         guest.thaw()
     time.sleep(0.3)
     assert not np.array_equal(before, memory)
-    guest.run("killall guest_tool")
+
+
+@uml
+@pytest.mark.parametrize(
+    "hurt",
+    [
+        lambda guest: os.kill(guest.pid, signal.SIGKILL),
+        lambda guest: guest.kill(),
+        lambda guest: guest.freeze(),
+        lambda guest: os.kill(guest.pid, signal.SIGSTOP),
+        lambda guest: guest.run("sleep 1000", timeout=0.1),
+        lambda guest: guest.run("echo c >/proc/sysrq-trigger; sleep 5"),
+    ],
+    ids=["kernel killed", "ended", "frozen", "stopped", "busy", "panic"],
+)
+def test_who_hurts_the_shared_guest_hurts_nobody_else(
+    guests: Shared[LinuxGuest], hurt: Callable[[LinuxGuest], object]
+) -> None:
+    victim = guests.get()
+    with contextlib.suppress(PeerVanished):
+        hurt(victim)
+    pids = victim.processes()
+    other = guests.get()
+    assert other is not victim
+    check(other)
+    assert not any(lives(pid) for pid in pids)
 
 
 @uml
@@ -325,7 +371,6 @@ def test_churn_fills_and_frees(guest: LinuxGuest) -> None:
         # What it filled and freed is junk now, not zeros; and the rest of it the guest uses itself.
         used = (pages.any(axis=1)).sum() * 4096
     assert used > max(found["filled"], 0.95 * (found["total"] - found["free_when_full"]))
-    guest.run("rm -rf /fill/*")
 
 
 @uml
@@ -351,7 +396,6 @@ def test_tagged_pages_are_all_found_at_any_instant(guest: LinuxGuest) -> None:
     assert found.destination is not None
     assert found.destination.ok  # it is sound, only older
     assert not found.ok
-    guest.run("killall guest_tool")
 
 
 @uml
@@ -387,7 +431,6 @@ def test_the_cachestat_log_misses_nothing_the_guest_writes(guest: LinuxGuest) ->
                 assert not told or seen.sum() < 4000
         log.stop()
         del pages
-    guest.run("killall guest_tool; rm -rf /fill/*")
 
 
 # -- the end ---------------------------------------------------------------------------------------------------------
