@@ -9,8 +9,8 @@ static uint64_t mask(uint64_t from, uint64_t to)
     return (~UINT64_C(0) << from) & (~UINT64_C(0) >> (WORD_BITS - to));
 }
 
-/* The popcnt instruction where the machine has it: the library call is what made counting dear. The choice between
- * clones is made by the dynamic linker (an ifunc), which of the libraries here only glibc's can. */
+/* The popcnt instruction where the machine has it: the library call is what made counting dear. The choice
+ * between clones is made by the dynamic linker (an ifunc), which of the libraries here only glibc's can. */
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && defined(__GLIBC__)
 #define COUNTS_BITS __attribute__((target_clones("popcnt", "default")))
 #else
