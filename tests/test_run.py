@@ -82,7 +82,14 @@ class Machine:
             (self.bin / name).symlink_to(found)
         for name, text in FAKES.items():
             self.program(name, text)
-        for name in ("run", "pyproject.toml", "setup.py", "vring/_build.py", "csrc/cffi_header.py"):
+        for name in (
+            "run",
+            "pyproject.toml",
+            "setup.py",
+            "vring/__init__.py",
+            "vring/_build.py",
+            "csrc/cffi_header.py",
+        ):
             shutil.copy(ROOT / name, self.clone / name)
         self.now("version", "3.11")
         self.now("installed", "\n".join(ALL))
