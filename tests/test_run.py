@@ -51,7 +51,8 @@ FAKES = {
                 [ ! -e "$STATE/stuck venv" ] || { mkdir -p .venv/bin; exec /bin/sleep 60; }
                 echo "venv" >>"$STATE/calls"
                 mkdir -p .venv/bin
-                ln -s "$here/python3" .venv/bin/python ;;
+                ln -s "$here/python3" .venv/bin/python
+                ln -s python .venv/bin/python3 ;;
             "-m pip")
                 echo "pip $*" >>"$STATE/calls"
                 echo "noise of pip"
@@ -73,6 +74,7 @@ class Machine:
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.state, self.bin = folder, folder / "state", folder / "bin"
+        self.path = str(self.bin)
         self.clone = folder / "a clone"
         for made in (self.state, self.bin, self.clone / "csrc", self.clone / "vring"):
             made.mkdir(parents=True)
@@ -115,7 +117,7 @@ class Machine:
         return subprocess.Popen(
             [self.clone / "run", *arguments],
             cwd=self.clone / cwd,
-            env={"PATH": str(self.bin), "STATE": str(self.state), "FAKE_UID": str(uid)},
+            env={"PATH": self.path, "STATE": str(self.state), "FAKE_UID": str(uid)},
             text=True,
             **{  # type: ignore[call-overload]
                 "stdin": subprocess.DEVNULL,
@@ -228,7 +230,7 @@ def test_a_password_is_asked_for_at_a_terminal(bare: Machine, refused: bool) -> 
 
 # -- the virtual environment ------------------------------------------------------------------------------------------
 
-MADE = ["venv", "pip -m pip install --disable-pip-version-check --editable .", "pip ended"]
+MADE = ["venv", "pip -m pip install --no-input --disable-pip-version-check --editable .", "pip ended"]
 
 
 def test_it_is_made_once_and_built_when_something_changes(machine: Machine) -> None:
@@ -284,10 +286,15 @@ def removed(machine: Machine) -> None:
     (machine.clone / ".venv/bin/python").symlink_to("/nowhere/python3")
 
 
+@pytest.mark.parametrize("activated", [False, True])
 @pytest.mark.parametrize("change", [moved, upgraded, removed])
-def test_one_that_does_not_fit_any_more_is_made_again(machine: Machine, change: Callable[[Machine], None]) -> None:
+def test_one_that_does_not_fit_any_more_is_made_again(
+    machine: Machine, change: Callable[[Machine], None], activated: bool
+) -> None:
     machine.run("build")
     change(machine)
+    if activated:
+        machine.path = f"{machine.clone}/.venv/bin:{machine.path}"
     machine.run("build")
     assert machine.calls == MADE
     machine.run("build")
