@@ -62,7 +62,6 @@ inside() {
 carry_over() {
     cp -L /etc/hosts /etc/resolv.conf "$new/etc/"
     apt-config dump | grep -E '^Acquire::(https?|ftp|Check-)' >"$new/etc/apt/apt.conf.d/90carried-over" || :
-    mkdir -p "$new/etc/ssl/certs" "$new/etc/xdg"
     env | grep -Ei '^(https?|ftp|all|no)_proxy=|^PIP_|^(SSL_CERT_FILE|REQUESTS_CA_BUNDLE|CURL_CA_BUNDLE|GIT_SSL_CAINFO)=' |
         tee "$new/etc/environment" | sed 's/^[^=]*=//' >"$base/values"
     for file in /etc/ssl/certs/ca-certificates.crt /etc/pip.conf /etc/xdg/pip/*; do echo "$file"; done >>"$base/values"

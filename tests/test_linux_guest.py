@@ -299,9 +299,10 @@ def test_who_hurts_the_shared_guest_hurts_nobody_else(
     guests: Shared[LinuxGuest], hurt: Callable[[LinuxGuest], object]
 ) -> None:
     victim = guests.get()
+    pids = victim.processes()
+    assert victim.pid in pids
     with contextlib.suppress(PeerVanished):
         hurt(victim)
-    pids = victim.processes()
     other = guests.get()
     assert other is not victim
     check(other)

@@ -84,14 +84,7 @@ class Machine:
             (self.bin / name).symlink_to(found)
         for name, text in FAKES.items():
             self.program(name, text)
-        for name in (
-            "run",
-            "pyproject.toml",
-            "setup.py",
-            "vring/__init__.py",
-            "vring/_build.py",
-            "csrc/cffi_header.py",
-        ):
+        for name in ("run", "pyproject.toml", "setup.py", "vring/__init__.py", "vring/_build.py"):
             shutil.copy(ROOT / name, self.clone / name)
         self.now("version", "3.11")
         self.now("installed", "\n".join(ALL))
@@ -112,24 +105,23 @@ class Machine:
     def calls(self) -> list[str]:
         return (self.state / "calls").read_text().splitlines()
 
-    def start(self, *arguments: str, cwd: str = ".", uid: int = 1000, **more: object) -> subprocess.Popen[str]:
-        self.now("calls", "")
+    def start(
+        self, *arguments: str, cwd: str = ".", uid: int = 1000, stdin: int = subprocess.DEVNULL
+    ) -> subprocess.Popen[str]:
         return subprocess.Popen(
             [self.clone / "run", *arguments],
             cwd=self.clone / cwd,
             env={"PATH": self.path, "STATE": str(self.state), "FAKE_UID": str(uid)},
             text=True,
-            **{  # type: ignore[call-overload]
-                "stdin": subprocess.DEVNULL,
-                "stdout": subprocess.PIPE,
-                "stderr": subprocess.PIPE,
-                "start_new_session": True,
-                **more,
-            },
+            stdin=stdin,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            start_new_session=True,
         )
 
     def run(self, *arguments: str, code: int = 0, cwd: str = ".", uid: int = 1000) -> tuple[str, str]:
-        """Return what it said on stdout and stderr."""
+        """Return what it said on stdout and stderr; `calls` are its own."""
+        self.now("calls")
         process = self.start(*arguments, cwd=cwd, uid=uid)
         out, err = process.communicate(timeout=30)
         assert process.returncode == code, err
