@@ -38,7 +38,11 @@ def files(folder: Path) -> set[str]:
 
 def build(what: str, source: Path, into: Path) -> Path:
     code = f"import sys; from setuptools import build_meta; print(build_meta.build_{what}(sys.argv[1]))"
-    done = subprocess.run([sys.executable, "-c", code, into], cwd=source, capture_output=True, text=True, timeout=200)
+    # A compiler that warns of something new, here of padding in structures, stops nobody.
+    environment = {**os.environ, "CFLAGS": "-Wpadded"}
+    done = subprocess.run(
+        [sys.executable, "-c", code, into], cwd=source, env=environment, capture_output=True, text=True, timeout=200
+    )
     assert done.returncode == 0, done.stderr
     return into / done.stdout.splitlines()[-1]
 
