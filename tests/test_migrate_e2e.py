@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -137,6 +138,7 @@ def runs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
                 made[name]
         yield made
         pool.shutdown(cancel_futures=True)
+    shutil.rmtree(base)  # images of guests, which a failure elsewhere would keep
 
 
 def assert_correct(run: dict[str, Any]) -> None:
