@@ -40,6 +40,7 @@ from balloon_dev.profiles import PROFILES, profile_named
 from host_qemu_side.migration import Limits
 from host_qemu_side.migration.address import parse_address
 from host_qemu_side.migration.output import try_name
+from vring import __version__
 from vring.errors import PeerVanished, UsageError, VirtioError
 from vring.sizes import format_size
 
@@ -59,7 +60,7 @@ Exit codes: 0 success, 1 an invariant failed, 2 usage, 3 the machine lacks somet
 4 the peer broke the protocol, 5 a peer vanished, 130 interrupted.
 """,
 )
-@click.version_option(package_name="virtio-balloon", prog_name="balloon", message="%(prog)s %(version)s")
+@click.version_option(__version__, prog_name="balloon", message="%(prog)s %(version)s")
 def cli() -> None:
     """Both halves of virtio-balloon with free page hints, and the live migration they are for.
 

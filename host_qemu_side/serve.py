@@ -6,7 +6,6 @@ import contextlib
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import numpy as np
@@ -28,6 +27,7 @@ from host_qemu_side.monitor.migration import MigrationCommands
 from host_qemu_side.monitor.server import MonitorServer
 from host_qemu_side.python_guest import PythonGuest
 from host_qemu_side.vhost_user import VhostUserBackend
+from vring import __version__
 from vring.errors import PeerVanished
 
 __all__ = ["ServeOptions", "Server"]
@@ -69,12 +69,8 @@ class _Device(BalloonDevice):
 
 
 def _version() -> tuple[tuple[int, int, int], str]:
-    try:
-        text = version(NAME)
-    except PackageNotFoundError:
-        text = "0.0.0"
-    numbers = [int(part) if part.isdigit() else 0 for part in [*text.split("."), "0", "0", "0"][:3]]
-    return (numbers[0], numbers[1], numbers[2]), f"{NAME} {text}"
+    numbers = [int(part) if part.isdigit() else 0 for part in [*__version__.split("."), "0", "0", "0"][:3]]
+    return (numbers[0], numbers[1], numbers[2]), f"{NAME} {__version__}"
 
 
 class Server:

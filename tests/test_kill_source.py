@@ -96,8 +96,10 @@ def receiver(behave: Callable[[socket.socket], None]) -> Iterator[SocketOutput]:
 
 def honest(sock: socket.socket) -> None:
     """Receive everything, as `balloon receive` does."""
+    source, received = destination._Source(sock, None), Receiver()
     with contextlib.suppress(VirtioError):
-        destination.receive(destination._Source(sock, None), Receiver())
+        source.answer(received.hello())
+        destination.receive(source, received)
 
 
 def say_hello(sock: socket.socket) -> StreamWriter:
