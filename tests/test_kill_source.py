@@ -359,22 +359,6 @@ def test_a_guest_slow_to_pause_is_thawed(source: Source, monkeypatch: pytest.Mon
     source.assert_whole()
 
 
-@pytest.mark.parametrize("before", ["nothing", "a file", "a partial file"])
-def test_a_file_gets_its_name_when_it_is_complete(tmp_path: Any, before: str) -> None:
-    path = tmp_path / "guest.vbm"
-    if before == "a file":
-        path.write_bytes(b"old")
-    elif before == "a partial file":
-        (tmp_path / "guest.vbm.partial").write_bytes(b"left by a crash")
-    output = FileOutput(str(path))
-    output.send([b"new"])
-    assert not path.exists() or path.read_bytes() == b"old"
-    output.finish()
-    output.close()
-    assert path.read_bytes() == b"new"
-    assert [p.name for p in tmp_path.iterdir()] == ["guest.vbm"]
-
-
 def test_after_all_that_it_migrates(source: Source) -> None:
     """Last: the guest is frozen for good when it was handed over."""
     with receiver(honest) as output:
