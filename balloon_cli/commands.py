@@ -18,7 +18,7 @@ from balloon_cli.bench import bench
 from balloon_cli.ctl import ctl
 from balloon_cli.doctor import DoctorOptions
 from balloon_cli.drive_commands import compare, drive
-from balloon_cli.errors import MISSING, OK, USAGE, VANISHED, exit_code, message
+from balloon_cli.errors import MISSING, USAGE, VANISHED, exit_code, message
 from balloon_cli.guests import check_linux_guest, check_python_guest, require_descriptors, require_memory
 from balloon_cli.live import LiveProgress, make_progress
 from balloon_cli.migrate import MigrateOptions, migrate_all, places
@@ -218,7 +218,11 @@ def _check_values(ctx: click.Context, options: dict[str, Any]) -> None:
         _check_destination(ctx, options)
     require_descriptors()
     require_memory(
-        options["memory"], options["workload"], linux=linux, here=options["to"].startswith(("spawn", "file"))
+        options["memory"],
+        options["workload"],
+        linux=linux,
+        hints=options["hints"] == "on",
+        here=options["to"].startswith(("spawn", "file")),
     )
 
 
@@ -372,12 +376,6 @@ def run(arguments: list[str] | None = None) -> int:
         return _usage(error)
     except click.Abort:  # what click makes of KeyboardInterrupt
         raise KeyboardInterrupt from None
-    except SystemExit as stop:
-        if isinstance(stop.__context__, BrokenPipeError):  # how click ends when nobody reads the help
-            return OK
-        raise
-    except BrokenPipeError:
-        return OK
     except (VirtioError, OSError, MemoryError) as error:
         print(f"balloon: {message(error)}", file=sys.stderr)
         return exit_code(error)

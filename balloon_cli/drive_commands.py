@@ -111,7 +111,7 @@ def _start(name: str, options: dict[str, Any], verbose: int) -> tuple[DriveOptio
         raise click.BadParameter(f"{format_size(memory)}: whole MiB from 32M to 2G", param_hint="--memory")
     check_python_guest(memory, options["workload"], least=MIN_MEMORY, low=LOW_MEMORY)
     require_descriptors()
-    require_memory(memory, options["workload"])
+    require_memory(memory, options["workload"], hints=options["hints"] == "on")
     console = Console(stderr=True)
     title = f"{name}: {format_size(memory)} guest, {options['workload']}, seed {options['seed']}"
     progress = make_progress(title, console, verbose=verbose)

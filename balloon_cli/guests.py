@@ -23,7 +23,7 @@ DESCRIPTORS = 64
 LINUX_KERNEL = 32 << 20
 """What a Linux guest needs for itself, at the very least."""
 BOOKKEEPING = 64
-"""Each page of a guest costs its processes a byte or so per this many: bitmaps, digests, the guest's mem_map."""
+"""The part of a guest's memory that bitmaps, digests and its own mem_map take at the very least (measured: a fortieth)."""
 PROGRAM = 160 << 20
 """Address space that the program itself takes."""
 
@@ -99,7 +99,7 @@ def check_linux_guest(memory: int, workload: str) -> None:
     _parsed(workload)
     try:
         tool_commands(workload, 1)
-        room, sets = memory - LINUX_KERNEL, _written(workload, memory)[1]
+        room, sets = memory - LINUX_KERNEL, _written(workload, memory)[2]
         if sets > room:
             raise UsageError(
                 f"workload {workload!r} needs {format_size(sets)} for its working sets, and a Linux guest of "
@@ -109,16 +109,20 @@ def check_linux_guest(memory: int, workload: str) -> None:
         raise _bad("--workload", error) from error
 
 
-def _written(workload: str, memory: int) -> tuple[int, int]:
-    """Return how much of its memory a guest with this workload writes, and how much of that are working sets."""
+def _written(workload: str, memory: int) -> tuple[int, int, int]:
+    """Return how much of its memory a guest with this workload writes, how much of that stays in use, and how much of
+    that are working sets.
+    """
     parts = parse_workload(workload)
     sets = sum(part.size for part in parts if isinstance(part, WriterSpec))
-    if any(isinstance(part, ChurnSpec) for part in parts):
-        return memory, sets
-    return max(sets, memory // 2 if any(isinstance(part, BuildSpec) for part in parts) else 0), sets
+    cache = memory // 2 if any(isinstance(part, BuildSpec) for part in parts) else 0
+    shares = [part.share for part in parts if isinstance(part, ChurnSpec)]
+    if shares:
+        return memory, min(memory, sets + cache + int(max(shares) * memory)), sets
+    return sets + cache, sets + cache, sets
 
 
-def require_memory(memory: int, workload: str, *, linux: bool = False, here: bool = True) -> None:
+def require_memory(memory: int, workload: str, *, linux: bool = False, hints: bool = False, here: bool = True) -> None:
     """See that this machine has the memory for a migration, as far as that can be known.
 
     Parameters
@@ -129,6 +133,8 @@ def require_memory(memory: int, workload: str, *, linux: bool = False, here: boo
         What it does with it.
     linux
         Whether it is a Linux guest, whose RAM is a file and can be written out.
+    hints
+        Whether it is only migrated with hints: then what is free need not arrive.
     here
         Whether its destination is a process of this machine, too, and holds the content again.
 
@@ -137,9 +143,10 @@ def require_memory(memory: int, workload: str, *, linux: bool = False, here: boo
     MissingFacility
         If not; the message says what sets the bound.
     """
-    written, _ = _written(workload, memory)
-    copies = (0 if linux else 1) + (1 if here else 0)
-    needed = written * copies + memory // BOOKKEEPING
+    written, kept, _ = _written(workload, memory)
+    needed = memory // BOOKKEEPING + (0 if linux else written)
+    if here:
+        needed += kept if hints else written
     room = memory_room()
     if needed > room.available:
         raise MissingFacility(

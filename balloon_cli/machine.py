@@ -39,7 +39,10 @@ def memory_room(proc: Path = Path("/proc")) -> MemoryRoom:
         Where the process file system is.
     """
     facts = dict(line.split(":", 1) for line in (proc / "meminfo").read_text().splitlines())
-    total, available = (int(facts[name].split()[0]) << 10 for name in ("MemTotal", "MemAvailable"))
+    total, available, swap, unused = (
+        int(facts.get(name, "0").split()[0]) << 10 for name in ("MemTotal", "MemAvailable", "SwapTotal", "SwapFree")
+    )
+    total, available = total + swap, available + unused
     found = [MemoryRoom(available, total, "this machine"), *_groups(proc)]
     return min(found, key=lambda room: room.available)
 
