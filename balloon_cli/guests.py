@@ -23,7 +23,7 @@ DESCRIPTORS = 64
 LINUX_KERNEL = 32 << 20
 """What a Linux guest needs for itself, at the very least."""
 BOOKKEEPING = 64
-"""The part of a guest's memory that bitmaps, digests and its own mem_map take at the very least (measured: a fortieth)."""
+"""The part of a guest's memory that bitmaps, digests and its own mem_map take at least (measured: a fortieth)."""
 PROGRAM = 160 << 20
 """Address space that the program itself takes."""
 
