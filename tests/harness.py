@@ -330,7 +330,8 @@ class World:
             self.destination,
             self,
             hints=_Port(self) if hints else None,
-            limits=Limits(**{"bandwidth": 1.0, "downtime": 0.0, "max_rounds": 3, **limits}),
+            # Pieces of 1 MiB on a link that takes days for one: what comes in between is the test's to say.
+            limits=Limits(**{"bandwidth": 1.0, "piece": 1e7, "downtime": 0.0, "max_rounds": 3, **limits}),
             state=self._state,
             observer=self.witness,
             hand_over=hand_over,

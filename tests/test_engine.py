@@ -96,7 +96,7 @@ def test_pieces_follow_the_bandwidth(world, bandwidth, bytes_at_a_time):
     """Few pages at a time on a slow link: a destination that hears nothing for a minute takes the source for dead."""
     for pfn in world.alloc(0, 600):
         world.write(pfn)
-    migration = world.migrate(bandwidth=bandwidth, max_rounds=1)
+    migration = world.migrate(bandwidth=bandwidth, piece=0.1, max_rounds=1)
     world.to_round(0)
     sent, largest, longest = migration.result.bytes_sent, 0, 0.0
     while not world.frozen and world.clock.now < 400:

@@ -40,7 +40,6 @@ from vring.memory import PAGE_SIZE, GuestMemory
 __all__ = ["Migration"]
 
 log = logging.getLogger(__name__)
-PIECE_SECONDS = 0.1
 
 
 class Migration:
@@ -274,7 +273,8 @@ class Migration:
         """Return how many pages are sent at a time: few on a slow link, or the destination hears nothing for long."""
         if not self.limits.bandwidth:
             return MAX_PAGES
-        return min(max(int(self.limits.bandwidth * PIECE_SECONDS) // PAGE_SIZE, 1), MAX_PAGES)
+        pages = self.limits.bandwidth * self.limits.piece / PAGE_SIZE
+        return MAX_PAGES if pages >= MAX_PAGES else max(int(pages), 1)
 
     def _between_rounds(self, next_round: int) -> Generator[float, None, bool]:
         """STOP, then sync. Return whether the last round comes next; the guest may be frozen for it already."""

@@ -130,6 +130,8 @@ class Limits:
     """Rounds after which the guest is frozen however much is left."""
     answer: float = 120.0
     """Seconds the destination may take to check what it got."""
+    piece: float = 0.1
+    """Seconds that may go by while nothing is sent: on a slow link little is sent at a time, a page at the least."""
 
     def __post_init__(self) -> None:
         """Refuse what cannot be.
@@ -139,7 +141,10 @@ class Limits:
         UsageError
             If a limit is negative or no number.
         """
-        if not all(value >= 0 for value in (self.bandwidth, self.downtime, self.answer)) or self.max_rounds < 1:
+        if (
+            not all(value >= 0 for value in (self.bandwidth, self.downtime, self.answer, self.piece))
+            or self.max_rounds < 1
+        ):
             raise UsageError(f"migration limits make no sense: {self}")
 
 
