@@ -122,9 +122,10 @@ def start_guest(socket: Path, *arguments: str) -> subprocess.Popen[str]:
 
 
 def ready(serve: Process) -> bool:
-    """Whether there is a front end whose driver has negotiated hinting."""
+    """Whether there is a front end whose driver has negotiated hinting, and whose last queue is up."""
     device = serve.ask("query-device")
-    return device["front-end"]["connected"] and "FREE_PAGE_HINT" in device["features"]["negotiated"]
+    up = {queue["name"]: queue["live"] for queue in device["queues"]}
+    return "FREE_PAGE_HINT" in device["features"]["negotiated"] and up.get("free_page_vq", False)
 
 
 def test_serve_is_killed_and_started_again(tmp_path: Path) -> None:

@@ -141,10 +141,8 @@ class Limits:
         UsageError
             If a limit is negative or no number.
         """
-        if (
-            not all(value >= 0 for value in (self.bandwidth, self.downtime, self.answer, self.piece))
-            or self.max_rounds < 1
-        ):
+        quantities = (self.bandwidth, self.downtime, self.answer, self.piece)
+        if not all(value >= 0 for value in quantities) or self.max_rounds < 1:
             raise UsageError(f"migration limits make no sense: {self}")
 
 
