@@ -23,20 +23,19 @@ from balloon_cli.guests import check_linux_guest, check_python_guest, require_de
 from balloon_cli.live import LiveProgress, make_progress
 from balloon_cli.migrate import MigrateOptions, migrate_all, places
 from balloon_cli.options import (
-    BANDWIDTH,
-    SECONDS,
-    SEED,
     SIZE,
     chosen_folder,
     fail_if,
+    limit_options,
     linux_options,
+    profile_option,
     qemu_option,
     set_up_logging,
 )
 from balloon_cli.receive import ReceiveOptions, receive_guest
 from balloon_cli.serve import serve
 from balloon_cli.streams import result
-from balloon_dev.profiles import PROFILES, profile_named
+from balloon_dev.profiles import profile_named
 from host_qemu_side.migration import Limits
 from host_qemu_side.migration.address import parse_address
 from host_qemu_side.migration.output import try_name
@@ -114,31 +113,7 @@ Exit code 1 says that the oracle or the resumed guest found a wrong page.
     help="With free page hints, without, or both after one another, with two guests (to a socket: on, if not given).",
 )
 @click.option("--to", default="spawn", show_default=True, metavar="DESTINATION", help="Where to; see below.")
-@click.option("--bandwidth", type=BANDWIDTH, default="128M", show_default=True, help="Bytes/s, 0 for no limit.")
-@click.option(
-    "--downtime-limit",
-    type=SECONDS,
-    default=0.3,
-    show_default=True,
-    metavar="SECONDS",
-    help="Freeze the guest when what is left can be sent in this time.",
-)
-@click.option(
-    "--max-rounds",
-    type=click.IntRange(1),
-    default=30,
-    show_default=True,
-    metavar="N",
-    help="Freeze the guest after so many rounds however much is left.",
-)
-@click.option(
-    "--warm-up",
-    type=SECONDS,
-    default=1.0,
-    show_default=True,
-    metavar="SECONDS",
-    help="Let the workload run before the migration begins.",
-)
+@limit_options(warm_up=1.0)
 @click.option(
     "--free-at",
     type=click.Choice(["done", "stop"]),
@@ -153,28 +128,13 @@ Exit code 1 says that the oracle or the resumed guest found a wrong page.
     show_default=True,
     help="How written pages are found; see `balloon doctor`.",
 )
-@click.option(
-    "--profile",
-    type=click.Choice(sorted(PROFILES)),
-    default="spec",
-    show_default=True,
-    help="Whose reading of the standard the device follows.",
-)
+@profile_option
 @click.option(
     "--work-dir",
     metavar="FOLDER",
     help="For the Linux guest's RAM file: a folder on ext4 or xfs that others cannot change. Default: in /var/tmp.",
 )
 @linux_options
-@click.option("--seed", type=SEED, default=1, show_default=True, help="Of the guest's contents and choices.")
-@click.option(
-    "--batch",
-    type=click.IntRange(1, 1024),
-    default=64,
-    show_default=True,
-    metavar="N",
-    help="Blocks the guest hints at a time.",
-)
 @click.option("--json", "as_json", is_flag=True, help="Print the result as one JSON object on stdout.")
 @click.option("-v", "--verbose", count=True, help="Show each round; twice: log everything.")
 @click.pass_context

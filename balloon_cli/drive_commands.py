@@ -17,7 +17,7 @@ from balloon_cli.drive import DriveOptions, drive_all, drive_findings, drive_sum
 from balloon_cli.guests import check_python_guest, require_descriptors, require_memory
 from balloon_cli.live import LiveProgress, make_progress
 from balloon_cli.migrate import Progress
-from balloon_cli.options import BANDWIDTH, SECONDS, SEED, SIZE, fail_if, qemu_option, set_up_logging
+from balloon_cli.options import SIZE, fail_if, limit_options, qemu_option, set_up_logging
 from balloon_cli.streams import result
 from guest_driver.qemu.launch import MAX_MEMORY
 from guest_driver.qemu.machine import LOW_MEMORY
@@ -43,7 +43,7 @@ def _shared(hints: str) -> Callable[[Command], Command]:
             show_default=True,
             help="With free page hints, without, or both after one another, with two guests.",
         ),
-        click.option("--bandwidth", type=BANDWIDTH, default="128M", show_default=True, help="Bytes/s, 0 for no limit."),
+        limit_options(warm_up=0.2),
         click.option(
             "--transport",
             type=click.Choice(["mmio", "pci"]),
@@ -53,45 +53,12 @@ def _shared(hints: str) -> Callable[[Command], Command]:
         ),
         qemu_option,
         click.option(
-            "--downtime-limit",
-            type=SECONDS,
-            default=0.3,
-            show_default=True,
-            metavar="SECONDS",
-            help="The guest is frozen when what is left can be sent in this time.",
-        ),
-        click.option(
-            "--max-rounds",
-            type=click.IntRange(1),
-            default=30,
-            show_default=True,
-            metavar="N",
-            help="The guest is frozen after so many rounds however much is left.",
-        ),
-        click.option(
-            "--warm-up",
-            type=SECONDS,
-            default=0.2,
-            show_default=True,
-            metavar="SECONDS",
-            help="Let the workload run before the migration begins.",
-        ),
-        click.option(
             "--dirty-log",
             type=click.Choice(["auto", "wp-async", "software"]),
             default="auto",
             show_default=True,
             help="How the writes are found that are marked for QEMU.",
         ),
-        click.option(
-            "--batch",
-            type=click.IntRange(1, 1024),
-            default=64,
-            show_default=True,
-            metavar="N",
-            help="Blocks the guest hints at a time.",
-        ),
-        click.option("--seed", type=SEED, default=1, show_default=True, help="Of contents and choices."),
         click.option("--json", "as_json", is_flag=True, help="Print the result as one JSON object on stdout."),
         click.option("-v", "--verbose", count=True, help="Show each round; twice: log everything."),
     ]

@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.logging import RichHandler
 
 from balloon_cli.errors import INVARIANT
+from balloon_dev.profiles import PROFILES
 from guest_driver.qemu.package import QEMU_ENVIRONMENT
 from host_qemu_side.linux_guest.kernel import KERNEL_ENVIRONMENT, MODULES_ENVIRONMENT
 from host_qemu_side.migration import MIN_BANDWIDTH
@@ -38,7 +39,9 @@ __all__ = [
     "Size",
     "chosen_folder",
     "fail_if",
+    "limit_options",
     "linux_options",
+    "profile_option",
     "qemu_option",
     "set_up_logging",
 ]
@@ -97,6 +100,72 @@ SIZE = Size()
 BANDWIDTH = Bandwidth()
 SECONDS = Seconds()
 SEED = click.IntRange(0, (1 << 64) - 1)
+
+
+def limit_options(warm_up: float) -> Callable[[Command], Command]:
+    """Return what adds the options of every command that migrates.
+
+    Parameters
+    ----------
+    warm_up
+        Default of ``--warm-up``, in seconds.
+    """
+    options = [
+        click.option("--bandwidth", type=BANDWIDTH, default="128M", show_default=True, help="Bytes/s; 0: no limit."),
+        click.option(
+            "--downtime-limit",
+            type=SECONDS,
+            default=0.3,
+            show_default=True,
+            metavar="SECONDS",
+            help="Freeze the guest when what is left can be sent in this time.",
+        ),
+        click.option(
+            "--max-rounds",
+            type=click.IntRange(1),
+            default=30,
+            show_default=True,
+            metavar="N",
+            help="Freeze the guest after so many rounds however much is left.",
+        ),
+        click.option(
+            "--warm-up",
+            type=SECONDS,
+            default=warm_up,
+            show_default=True,
+            metavar="SECONDS",
+            help="Let the workload run before the migration begins.",
+        ),
+        click.option(
+            "--batch",
+            type=click.IntRange(1, 1024),
+            default=64,
+            show_default=True,
+            metavar="N",
+            help="Blocks the guest hints at a time.",
+        ),
+        click.option(
+            "--seed", type=SEED, default=1, show_default=True, metavar="N", help="Of the guest's contents and choices."
+        ),
+    ]
+
+    def decorate(command: Command) -> Command:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return decorate
+
+
+def profile_option(command: Command) -> Command:
+    """Add the option that chooses a profile; `profile_named` takes its value."""
+    return click.option(
+        "--profile",
+        type=click.Choice(sorted(PROFILES)),
+        default="spec",
+        show_default=True,
+        help="Whose reading of the standard the device follows.",
+    )(command)
 
 
 def linux_options(command: Command) -> Command:

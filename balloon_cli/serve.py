@@ -16,11 +16,11 @@ from click.core import ParameterSource
 
 from balloon_cli.errors import INTERRUPTED
 from balloon_cli.guests import check_python_guest, require_descriptors, require_memory
-from balloon_cli.options import SEED, SIZE
+from balloon_cli.options import SEED, SIZE, profile_option
 from balloon_cli.streams import nobody_reads
 from balloon_dev.device import DEFAULT_FEATURES
 from balloon_dev.features import BalloonFeature, parse_features
-from balloon_dev.profiles import PROFILES, profile_named
+from balloon_dev.profiles import profile_named
 from host_qemu_side.loop import Loop
 from host_qemu_side.serve import ServeOptions, Server
 from vring.errors import UsageError
@@ -126,13 +126,7 @@ def _check_values(ctx: click.Context, options: dict[str, Any]) -> int:
 @click.command(epilog=EXAMPLES)
 @click.argument("socket", metavar="SOCKET")
 @click.option("--monitor", metavar="PATH", help="Unix socket that speaks QMP: for `balloon ctl` and QEMU's tools.")
-@click.option(
-    "--profile",
-    type=click.Choice(sorted(PROFILES)),
-    default="spec",
-    show_default=True,
-    help="Whose reading of the standard the device follows.",
-)
+@profile_option
 @click.option("--features", metavar="LIST", help="Such as hint,stats or all; default: hint,stats,deflate-on-oom.")
 @click.option("--target", type=SIZE, help="What a guest is to have; the balloon takes the rest.")
 @click.option("--guest", type=click.Choice(["python"]), help="Start a guest too; it can be paused and migrated.")
