@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sys
@@ -14,7 +15,8 @@ MISSING, INTERRUPTED = 3, 130
 
 def _interrupted(number: int = signal.SIGINT, frame: FrameType | None = None) -> None:
     """End at once. No sys.exit: after a KeyboardInterrupt in exec() (dataclasses do that) CPython dies of SIGINT."""
-    os.write(2, b"balloon: interrupted\n")
+    with contextlib.suppress(OSError):
+        os.write(2, b"balloon: interrupted\n")
     os._exit(INTERRUPTED)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -42,6 +41,7 @@ from host_qemu_side.migration.output import try_name
 from vring import __version__
 from vring.errors import PeerVanished, UsageError, VirtioError
 from vring.sizes import format_size
+from vring.unix_socket import why_misnamed
 
 __all__ = ["cli", "run"]
 
@@ -195,8 +195,8 @@ def _check_destination(ctx: click.Context, options: dict[str, Any]) -> None:
         if address.kind == "file":
             for place in {options["to"], *places(options["to"], options["hints"]).values()}:
                 try_name(parse_address(place).path)
-        elif address.kind == "unix" and not os.path.isdir(os.path.dirname(address.path) or "."):
-            raise UsageError(f"{options['to']}: no such folder")
+        elif address.kind == "unix" and (why := why_misnamed(address.path)):
+            raise UsageError(f"{options['to']}: {why}")
         elif address.kind == "tcp" and not address.port:
             raise UsageError(f"{options['to']}: nobody can be reached at port 0")
     except UsageError as error:
@@ -298,7 +298,8 @@ Examples:
 @linux_options
 @qemu_option
 @click.option("--json", "as_json", is_flag=True, help="Print the findings as one JSON object on stdout.")
-def doctor(as_json: bool, **options: Any) -> None:
+@click.pass_context
+def doctor(ctx: click.Context, /, as_json: bool, **options: Any) -> None:
     """Try what this machine can do, and say what to install for the rest.
 
     Small guests of both kinds boot and are migrated with hints, which takes some seconds. Exit code 0 if that worked
@@ -308,7 +309,9 @@ def doctor(as_json: bool, **options: Any) -> None:
     def say(text: str) -> None:
         print(f"balloon: {text}", file=sys.stderr, flush=True)
 
-    chosen_folder(options["work_dir"], "--work-dir")
+    if ctx.get_parameter_source("work_dir") is ParameterSource.COMMANDLINE:
+        chosen_folder(options["work_dir"], "--work-dir")
+    require_descriptors()
     options["work_dir"] = Path(options["work_dir"])
     found = doctor_module.examine(DoctorOptions(**options), say)
     with result() as out:

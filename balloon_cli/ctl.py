@@ -14,13 +14,15 @@ import click
 
 from balloon_cli.options import MAX_SECONDS, SECONDS
 from balloon_cli.streams import result
-from vring.errors import DeviceError, PeerVanished, UsageError, VirtioError, quoted
+from host_qemu_side.migration import Cancelled
+from vring.errors import DeviceError, MissingFacility, PeerVanished, UsageError, VirtioError, quoted
 from vring.sizes import format_size, parse_size
-from vring.unix_socket import is_misnamed, socket_path
+from vring.unix_socket import socket_path, why_misnamed
 
 __all__ = ["CommandFailed", "MonitorClient", "ctl", "render"]
 
 MAX_MESSAGE = 16 << 20
+_KINDS: dict[str, type[VirtioError]] = {"usage": UsageError, "missing": MissingFacility, "vanished": PeerVanished}
 BYTES = {"bytes", "actual", "memory", "transferred", "remaining", "total", "normal-bytes", "max-bandwidth"}
 """Members shown as sizes."""
 SIZES = {"value", "max-bandwidth"}
@@ -84,8 +86,9 @@ class MonitorClient:
         except OSError as error:
             self._socket.close()
             hint = "start `balloon serve SOCKET --monitor PATH` first"
-            kind = UsageError if is_misnamed(path, error) else PeerVanished
-            raise kind(f"no monitor at {path}: {error.strerror or error}; {hint}") from error
+            if why := why_misnamed(path):
+                raise UsageError(f"no monitor at {path}: {why}") from error
+            raise PeerVanished(f"no monitor at {path}: {error.strerror or error}; {hint}") from error
         self._buffer = bytearray()
         self.greeting = self.receive()
         if "QMP" not in self.greeting:
@@ -252,7 +255,7 @@ def ctl(monitor: str, command: str | None, arguments: tuple[str, ...], **options
     """Send a COMMAND to the monitor of `balloon serve` at the socket MONITOR; without one, list the commands.
 
     Exit codes: 0 done, 2 the command was refused, 4 the other end does not speak QMP, 5 nobody is there, the guest is
-    not, or it did not answer in time.
+    not, or it did not answer in time. With --wait those of `balloon migrate`, 130 if it was cancelled.
     """
     as_json = options["as_json"]
     given = dict(parse_argument(text) for text in arguments)
@@ -298,4 +301,7 @@ def _judge(command: str | None, waited: bool, result: Any) -> None:
         ended = result.get("ended-by")
         raise PeerVanished("the guest did not end the run in time" if ended == "deadline" else f"ended by the {ended}")
     if command == "migrate" and waited and result.get("status") != "completed":
-        raise VirtioError(f"the migration has {result.get('status')}: {result.get('error-desc', 'no reason given')}")
+        text = f"the migration has {result.get('status')}: {result.get('error-desc', 'no reason given')}"
+        if result.get("status") == "cancelled":
+            raise Cancelled("the migration was cancelled")
+        raise _KINDS.get(str(result.get("error-kind")), VirtioError)(text)

@@ -6,27 +6,12 @@ import errno
 import resource
 
 from host_qemu_side.migration import Cancelled
-from vring.errors import DeviceError, DriverError, MissingFacility, PeerVanished, UsageError, VirtioError
+from vring.errors import NAMED_WRONG, DeviceError, DriverError, MissingFacility, PeerVanished, UsageError, VirtioError
 
 __all__ = ["INTERRUPTED", "INVARIANT", "OK", "InvariantFailed", "exit_code", "message"]
 
 OK, INVARIANT, USAGE, MISSING, PROTOCOL, VANISHED, INTERRUPTED = 0, 1, 2, 3, 4, 5, 130
 
-_NAMED_WRONG = {
-    errno.EACCES,
-    errno.EBADF,
-    errno.EEXIST,
-    errno.EISDIR,
-    errno.ELOOP,
-    errno.ENAMETOOLONG,
-    errno.ENOENT,
-    errno.ENOTDIR,
-    errno.ENOTEMPTY,
-    errno.EPERM,
-    errno.EROFS,
-    errno.ETXTBSY,
-}
-"""What the system says of a file, folder or permission: whoever named it can name another."""
 _TODO = {
     errno.EMFILE: "allow more open files with ulimit -n",
     errno.ENFILE: "close some programs",
@@ -55,7 +40,7 @@ def exit_code(error: BaseException) -> int:
     if isinstance(error, (PeerVanished, ConnectionError)):
         return VANISHED
     if isinstance(error, OSError):
-        return USAGE if error.errno in _NAMED_WRONG else MISSING
+        return USAGE if error.errno in NAMED_WRONG else MISSING
     return PROTOCOL if isinstance(error, (DriverError, DeviceError, VirtioError)) else INVARIANT
 
 

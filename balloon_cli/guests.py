@@ -11,7 +11,7 @@ import click
 
 from balloon_cli.machine import address_room, memory_room
 from guest_driver.fitting import check_memory, check_workload
-from guest_driver.workloads import FORMS, BuildSpec, ChurnSpec, WriterSpec, parse_workload
+from guest_driver.workloads import FORMS, ChurnSpec, WriterSpec, parse_workload
 from vring.errors import MissingFacility, UsageError
 from vring.sizes import format_size
 
@@ -24,8 +24,8 @@ LINUX_KERNEL = 32 << 20
 """What a Linux guest needs for itself, at the very least."""
 BOOKKEEPING = 64
 """The part of a guest's memory that bitmaps, digests and its own mem_map take at least (measured: a fortieth)."""
-PROGRAM = 160 << 20
-"""Address space that the program itself takes."""
+PROGRAM = 64 << 20
+"""Address space that the program still takes once its modules are loaded, at the very least."""
 
 
 def require_descriptors() -> None:
@@ -115,11 +115,10 @@ def _written(workload: str, memory: int) -> tuple[int, int, int]:
     """
     parts = parse_workload(workload)
     sets = sum(part.size for part in parts if isinstance(part, WriterSpec))
-    cache = memory // 2 if any(isinstance(part, BuildSpec) for part in parts) else 0
     shares = [part.share for part in parts if isinstance(part, ChurnSpec)]
     if shares:
-        return memory, min(memory, sets + cache + int(max(shares) * memory)), sets
-    return sets + cache, sets + cache, sets
+        return memory, min(memory, sets + int(max(shares) * memory)), sets
+    return sets, sets, sets  # how much `build` comes to write is a matter of time
 
 
 def require_memory(memory: int, workload: str, *, linux: bool = False, hints: bool = False, here: bool = True) -> None:
@@ -157,6 +156,6 @@ def require_memory(memory: int, workload: str, *, linux: bool = False, hints: bo
     space = address_room()
     if space is not None and memory + PROGRAM > space.available:
         raise MissingFacility(
-            f"a guest with {format_size(memory)} needs address space for it, and {space.limit} leaves "
-            f"{format_size(space.available)}: raise it, or give the guest less with --memory"
+            f"a guest with {format_size(memory)} needs {format_size(memory + PROGRAM)} of address space, and "
+            f"{space.limit} leaves {format_size(space.available)}: raise it, or give the guest less with --memory"
         )

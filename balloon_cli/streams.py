@@ -10,6 +10,7 @@ import contextlib
 import errno
 import io
 import os
+import select
 import sys
 from collections.abc import Iterator
 from typing import Any, TextIO
@@ -34,7 +35,9 @@ class _Patient(io.FileIO):
         if self.gone:
             return size
         try:
-            written = super().write(data)
+            # None: the pipe is full, and somebody has asked that nobody wait for it. A result does.
+            while (written := super().write(data)) is None and self.reasons is not None:
+                select.select([], [self.fileno()], [])
         except OSError as error:
             self.gone = error.errno == errno.EPIPE
             if self.reasons is None or error.errno in self.reasons:
@@ -43,10 +46,10 @@ class _Patient(io.FileIO):
         return size if written is None else written
 
 
-def _patient(usual: TextIO, fd: int, reasons: tuple[int, ...] | None) -> TextIO:
+def _patient(usual: TextIO | None, fd: int, reasons: tuple[int, ...] | None) -> TextIO | None:
     """Return a stream in the place of Python's own, or that itself if somebody has replaced it already."""
     try:
-        if usual.fileno() != fd:
+        if usual is None or usual.fileno() != fd:
             return usual
     except (OSError, ValueError, AttributeError):
         return usual
@@ -66,7 +69,8 @@ def patient_streams() -> Iterator[None]:
     finally:
         for stream in ours:
             try:
-                stream.flush()
+                if stream is not None:
+                    stream.flush()
             except OSError:  # which `result` has told
                 _drop_output()
         sys.stdout, sys.stderr = usual

@@ -17,7 +17,7 @@ from vring import vhost_user as vu
 from vring.errors import DeviceError, PeerVanished, UsageError
 from vring.memory import GuestMemory
 from vring.split import QueueLayout
-from vring.unix_socket import is_misnamed, socket_path
+from vring.unix_socket import socket_path, why_misnamed
 from vring.vhost_user import ProtocolFeature, Request
 
 __all__ = ["VhostUserTransport"]
@@ -68,8 +68,9 @@ class VhostUserTransport:
         try:
             self._socket = _connect(path, timeout)
         except OSError as error:
-            kind = UsageError if is_misnamed(path, error) else PeerVanished
-            raise kind(f"no vhost-user back end at {path}: {error.strerror or error}") from error
+            if why := why_misnamed(path):
+                raise UsageError(f"no vhost-user back end at {path}: {why}") from error
+            raise PeerVanished(f"no vhost-user back end at {path}: {error.strerror or error}") from error
         self._send(Request.SET_OWNER)
         self._offered = vu.unpack_u64(self._ask(Request.GET_FEATURES), "GET_FEATURES")
         if not self._offered & vu.F_PROTOCOL_FEATURES:

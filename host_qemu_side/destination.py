@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import re
+import select
 import socket
 import time
 from collections.abc import Callable
@@ -35,7 +37,9 @@ RESUME_OPTIONS = {
 }
 """Options of the guest that a stream's header carries, and what they may say."""
 SILENCE = 60.0
-"""Seconds a source may be silent in the middle of a stream."""
+"""Seconds a source may be silent in the middle of a stream, and a connection before its first word."""
+MOST_WAITING = 16
+"""Connections that are kept before any of them has said a word."""
 
 
 class _Source:
@@ -58,20 +62,25 @@ class _Source:
         except OSError as error:
             raise PeerVanished(f"the source is gone: {error.strerror or error}") from error
 
-    def wait(self) -> None:
-        """Wait for the first word of a source; nothing is read.
+    def fileno(self) -> int:
+        """Return the socket's descriptor, to wait for."""
+        assert self._socket is not None
+        return self._socket.fileno()
+
+    def has_spoken(self) -> bool:
+        """Return whether there is a first word of a source, once its socket can be read; nothing is taken.
 
         Raises
         ------
         PeerVanished
-            If it goes, or stays silent, without one.
+            If it went without one.
         """
         assert self._socket is not None
         try:
-            if self._socket.recv(1, socket.MSG_PEEK):
-                return
-        except TimeoutError as error:
-            raise PeerVanished(f"it was silent for {SILENCE:g} s") from error
+            if self._socket.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT):
+                return True
+        except BlockingIOError:
+            return False
         except OSError as error:
             raise PeerVanished(f"it went without a word: {error.strerror or error}") from error
         raise PeerVanished("it went without a word")
@@ -103,7 +112,7 @@ def accept(
 ) -> _Source:
     """Wait for a source at a ``unix`` or ``tcp`` address and greet it, or open a ``file``.
 
-    Who connects and goes without a word (a look whether the port is open) was no source: the wait goes on.
+    Who connects and goes, or stays, without a word (a look whether the port is open) is no source: the wait goes on.
 
     Parameters
     ----------
@@ -144,19 +153,40 @@ def accept(
             listener = stack.enter_context(_listen_tcp(address))
             address = replace(address, port=listener.getsockname()[1])
         announce(address)
+        return _first_word(listener, greeting, on_stranger)
+
+
+def _first_word(
+    listener: socket.socket, greeting: list[bytes | memoryview], on_stranger: Callable[[str], None]
+) -> _Source:
+    """Return the first connection that says something; one that only stays does not keep the others out."""
+    waiting: list[tuple[_Source, float]] = []
+    try:
         while True:
-            connection, _ = listener.accept()
-            source = _Source(connection, None)
-            try:
-                source.answer(greeting)
-                source.wait()
-                return source
-            except PeerVanished as error:
-                source.close()
-                on_stranger(str(error))
-            except BaseException:
-                source.close()
-                raise
+            watched: list[socket.socket | _Source] = [listener, *(source for source, _ in waiting)]
+            readable, _, _ = select.select(watched, [], [], 1.0)
+            for source, until in list(waiting):
+                try:
+                    if source in readable and source.has_spoken():
+                        waiting.remove((source, until))
+                        return source
+                    if time.monotonic() > until:
+                        raise PeerVanished(f"it was silent for {SILENCE:g} s")
+                except PeerVanished as error:
+                    waiting.remove((source, until))
+                    source.close()
+                    on_stranger(str(error))
+            if listener in readable:
+                source = _Source(listener.accept()[0], None)
+                waiting.append((source, time.monotonic() + SILENCE))
+                with contextlib.suppress(PeerVanished):  # the next turn sees it, too
+                    source.answer(greeting)
+            if len(waiting) > MOST_WAITING:
+                waiting.pop(0)[0].close()
+                on_stranger("it said nothing, and others came")
+    finally:
+        for source, _ in waiting:
+            source.close()
 
 
 def _listen_tcp(address: Address) -> socket.socket:
@@ -167,9 +197,12 @@ def _listen_tcp(address: Address) -> socket.socket:
             address.host, address.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         ):
             try:
-                return socket.create_server(target, family=family, backlog=16)
+                return socket.create_server(target, family=family, backlog=MOST_WAITING)
             except OSError as error:
                 failed = failed or error
+                # Another address is no way round somebody who listens at this one: sources would reach him.
+                if error.errno not in (errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL):
+                    break
     except (OSError, ValueError) as error:
         failed = error
     # What follows in an error of Python's own only repeats the address.

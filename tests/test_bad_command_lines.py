@@ -19,7 +19,8 @@ from balloon_cli.commands import cli
 LATIN = "\udcff\udcfe"
 """Two bytes that are no UTF-8, as Python passes them on."""
 LONG = "9" * 400
-NO_NUMBER = ["", "x", LATIN, "²", "1,5"]
+NO_NUMBER = ["", "x", LATIN, "²", "1,5", "4\u212a"]
+"""The last one has the sign of the kelvin, which is a K where case does not matter."""
 SIZES = [*NO_NUMBER, "-1", LONG, "999999999999T", "1e999", "4X", "nan"]
 COUNTS = [*NO_NUMBER, "-1", "1.5", "1" + LONG * 12, "1e3"]
 SECONDS = [*NO_NUMBER, "-1", "1e999", LONG, "nan", "inf"]
@@ -126,6 +127,8 @@ TOGETHER: list[tuple[list[str], str]] = [
     (["migrate", "--guest", "linux", "--memory", "32M"], "at least 64 MiB"),
     (["migrate", "--guest", "linux", "--workload", "build"], "no 'build'"),
     (["migrate", "--guest", "linux", "--workload", "writer:1T@1M"], "working sets"),
+    (["migrate", "--to", "unix:/etc/passwd"], "it is no socket"),
+    (["migrate", "--to", "file:new/", "--hints", "on"], "new/"),
     (["migrate", "extra"], "extra"),
     (["migrate", "--nonsense"], "--nonsense"),
     (["migrate", "--memory"], "--memory"),

@@ -346,8 +346,9 @@ def test_who_connects_and_goes_does_not_end_a_receiver(host: str) -> None:
                 peer.shutdown(how)
         assert process.stderr is not None
         assert "still waiting for a migration" in process.stderr.readline()
-    done = subprocess.run([*MIGRATE, "--to", address], capture_output=True, text=True, timeout=60)
-    out, err = process.communicate(timeout=30)
+    with socket.create_connection((host.strip("[]"), port)):  # and who only stays, without a word, is in nobody's way
+        done = subprocess.run([*MIGRATE, "--to", address], capture_output=True, text=True, timeout=60)
+        out, err = process.communicate(timeout=30)
     assert done.returncode == 0, done.stderr
     assert process.returncode == 0, err
     assert json.loads(out)["resumed"]["pages_wrong"] == 0

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import resource
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -156,6 +159,33 @@ def test_words_on_standard_error_may_get_lost(name: str, how: str, folder: Path)
     assert out
     if name == "json":
         assert json.loads(out)["runs"][0]["oracle"]["pages_wrong"] == 0
+
+
+def test_a_pipe_that_is_full_for_a_while_loses_nothing(folder: Path) -> None:
+    """Not even one that was told not to keep anybody waiting, as other programs leave it."""
+    near, far = os.pipe()
+    os.set_blocking(far, False)
+    filler = b"x" * 65536
+    assert os.write(far, filler) == len(filler)
+    process = subprocess.Popen([*BALLOON, "migrate", "--help"], stdout=far, stderr=subprocess.PIPE)
+    os.close(far)
+    with pytest.raises(subprocess.TimeoutExpired):
+        process.wait(2.0)
+    with open(near, "rb") as reader:
+        text = reader.read().removeprefix(filler).decode()
+    assert process.wait(10) == 0
+    assert text == run("migrate", "--help").stdout
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_is_one_although_nobody_reads(number: signal.Signals, tmp_path: Path) -> None:
+    with open("/dev/full", "w") as full:
+        process = subprocess.Popen([*BALLOON, "receive", "unix:s"], stdout=full, stderr=full, cwd=tmp_path)
+        while not (tmp_path / "s").exists():
+            assert process.poll() is None
+            time.sleep(0.01)
+        process.send_signal(number)
+        assert process.wait(10) == 130
 
 
 def test_a_reader_who_goes_does_not_make_wrong_pages_good() -> None:

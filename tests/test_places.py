@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import socket
 import stat
 import time
@@ -246,6 +247,16 @@ def test_file_and_name_are_made_durable(folder: Path, monkeypatch: pytest.Monkey
     assert len(synced) == 2
 
 
+def test_a_folder_that_goes_meanwhile_is_no_lack_of_room(folder: Path) -> None:
+    (folder / "gone").mkdir()
+    out = FileOutput(str(folder / "gone/x"))
+    out.send([b"content"])
+    shutil.rmtree(folder / "gone")
+    with pytest.raises(UsageError, match="its folder was changed meanwhile"):
+        out.finish()
+    out.close()
+
+
 @pytest.mark.parametrize("fails", ["fsync", "rename"])
 def test_without_room_at_the_very_end_there_is_no_file(
     folder: Path, monkeypatch: pytest.MonkeyPatch, fails: str
@@ -270,8 +281,11 @@ def test_without_room_at_the_very_end_there_is_no_file(
         ("file/x", "Not a directory"),
         ("x" * 300, "File name too long"),
         ("folder", "is no regular file"),
-        ("folder/", "is no regular file"),
-        ("file/", "is no regular file"),
+        ("folder/", "Is a directory"),
+        ("file/", "Is a directory"),
+        ("new/", "Is a directory"),
+        ("folder/.", "Is a directory"),
+        ("typo/../x", "No such file or directory"),
         ("loop", "."),
     ],
 )

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from vring.errors import UsageError
-from vring.unix_socket import MAX_PATH, UnixListener, is_misnamed, socket_path
+from vring.unix_socket import MAX_PATH, UnixListener, socket_path, why_misnamed
 
 
 @pytest.mark.parametrize("umask", [0o000, 0o022, 0o077, 0o777])
@@ -151,9 +151,23 @@ def test_the_longest_name_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_who_is_not_there_and_what_is_misnamed_are_told_apart(tmp_path: Path) -> None:
-    gone = FileNotFoundError(errno.ENOENT, "")
-    assert not is_misnamed(str(tmp_path / "s"), gone)
-    assert not is_misnamed("s", gone)
-    assert is_misnamed(str(tmp_path / "typo/s"), gone)
-    assert is_misnamed(str(tmp_path / "s"), PermissionError(errno.EACCES, ""))
-    assert not is_misnamed(str(tmp_path / "s"), ConnectionRefusedError(errno.ECONNREFUSED, ""))
+    (tmp_path / "file").touch()
+    with socket.socket(socket.AF_UNIX) as left:
+        left.bind(str(tmp_path / "left"))
+    for name in ("none", "left"):
+        assert why_misnamed(str(tmp_path / name)) == ""
+    assert why_misnamed("s") == ""
+    assert why_misnamed(str(tmp_path / "typo/s")) == "there is no such folder"
+    assert why_misnamed(str(tmp_path / "file/s")) == "there is no such folder"
+    assert why_misnamed(str(tmp_path / "file")) == "it is no socket"
+    assert why_misnamed(str(tmp_path)) == "it is no socket"
+
+
+def test_a_name_that_was_taken_in_vain_is_given_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(path: str, mode: int) -> None:
+        raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
+
+    monkeypatch.setattr(os, "chmod", refuse)
+    with pytest.raises(UsageError, match="not permitted"):
+        UnixListener(str(tmp_path / "s"))
+    assert list(tmp_path.iterdir()) == []

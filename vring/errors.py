@@ -6,16 +6,37 @@
 
 from __future__ import annotations
 
+import errno
+
 __all__ = [
     "DeviceError",
     "DriverError",
     "GuestAddressError",
     "MissingFacility",
+    "NAMED_WRONG",
     "PeerVanished",
     "UsageError",
     "VirtioError",
     "quoted",
 ]
+
+NAMED_WRONG = frozenset(
+    {
+        errno.EACCES,
+        errno.EBADF,
+        errno.EEXIST,
+        errno.EISDIR,
+        errno.ELOOP,
+        errno.ENAMETOOLONG,
+        errno.ENOENT,
+        errno.ENOTDIR,
+        errno.ENOTEMPTY,
+        errno.EPERM,
+        errno.EROFS,
+        errno.ETXTBSY,
+    }
+)
+"""What the system says of a file, a folder or a permission: whoever named it can name another."""
 
 
 def quoted(text: str, most: int = 200) -> str:

@@ -13,7 +13,7 @@ MAX_SIZE = (1 << 63) - 1
 """No file, and no guest, is larger."""
 
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
-_FORM = re.compile(r"([0-9]{1,40}(?:\.[0-9]{1,40})?)\s*([KMGT]?)(?:i?B)?", re.IGNORECASE)
+_FORM = re.compile(r"([0-9]{1,40}(?:\.[0-9]{1,40})?)\s*([KMGT]?)(?:i?B)?", re.IGNORECASE | re.ASCII)
 
 
 def parse_size(text: str) -> int:

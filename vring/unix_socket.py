@@ -13,7 +13,7 @@ from collections.abc import Iterator
 
 from vring.errors import UsageError, quoted
 
-__all__ = ["MAX_PATH", "UnixListener", "is_misnamed", "socket_path"]
+__all__ = ["MAX_PATH", "UnixListener", "socket_path", "why_misnamed"]
 
 MAX_PATH = 107
 """Bytes of a path that the system takes for a socket."""
@@ -43,14 +43,24 @@ def socket_path(path: str) -> str:
     return path
 
 
-def is_misnamed(path: str, error: OSError) -> bool:
-    """Return whether nobody could be reached at a path because of the path: there is no such folder, or no permission.
+def why_misnamed(path: str) -> str:
+    """Return why no socket of this name can be reached, whoever listens: its folder, a permission, what it is.
 
-    Otherwise it may be right, and whoever was to listen there is not there yet, or no longer.
+    Empty if it may be right, and whoever was to listen there is not there yet, or no longer.
     """
-    if error.errno == errno.ENOENT:
-        return not os.path.isdir(os.path.dirname(path) or ".")
-    return error.errno in (errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.ELOOP)
+    folder = os.path.dirname(path) or "."
+    if not os.path.isdir(folder):
+        return "there is no such folder"
+    if not os.access(folder, os.X_OK):
+        return os.strerror(errno.EACCES)
+    try:
+        if not stat.S_ISSOCK(os.stat(path).st_mode):
+            return "it is no socket"
+    except FileNotFoundError:
+        return ""
+    except OSError as error:
+        return error.strerror or str(error)
+    return "" if os.access(path, os.W_OK) else os.strerror(errno.EACCES)
 
 
 class UnixListener:
@@ -73,20 +83,21 @@ class UnixListener:
 
     def __init__(self, path: str, backlog: int = 16) -> None:
         self.path = socket_path(path)
+        self._identity: tuple[int, int] | None = None
         self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
         try:
             os.fchmod(self.socket.fileno(), _MODE)  # of the socket, which its name gets: it is never wider than that
             with _one_at_a_time(os.path.dirname(path) or "."):
                 _remove_left_over(path)
                 self.socket.bind(path)
-                os.chmod(path, _MODE)  # nor narrower: a umask may have taken bits away
                 self._identity = _identity(path)
+                os.chmod(path, _MODE)  # nor narrower: a umask may have taken bits away
             self.socket.listen(backlog)
         except OSError as error:
-            self.socket.close()
+            self.close()
             raise UsageError(f"cannot listen on {path}: {error.strerror or error}") from error
         except UsageError:
-            self.socket.close()
+            self.close()
             raise
 
     def fileno(self) -> int:

@@ -13,7 +13,7 @@ from typing import Any
 from host_qemu_side.migration.address import Address, parse_address
 from host_qemu_side.migration.output import FileOutput, SocketOutput
 from vring.errors import PeerVanished, UsageError
-from vring.unix_socket import is_misnamed
+from vring.unix_socket import why_misnamed
 
 __all__ = ["Connecting", "connect"]
 
@@ -91,8 +91,8 @@ class Connecting:
             failed = OSError(code, os.strerror(code))
         self.close()
         text = f"no destination at {self.address}: {failed.strerror or failed}"
-        if self.address.kind == "unix" and is_misnamed(self.address.path, failed):
-            raise UsageError(text) from failed
+        if self.address.kind == "unix" and (why := why_misnamed(self.address.path)):
+            raise UsageError(f"no destination at {self.address}: {why}") from failed
         raise PeerVanished(f"{text}; start `balloon receive {self.address}` there first") from failed
 
     def _try(self) -> int:

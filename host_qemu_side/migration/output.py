@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import Sequence
 
 from host_qemu_side.migration.stream import Record, StreamReader
-from vring.errors import MissingFacility, PeerVanished, UsageError
+from vring.errors import NAMED_WRONG, MissingFacility, PeerVanished, UsageError
 
 __all__ = ["FileOutput", "SocketOutput", "try_name"]
 
@@ -135,8 +135,13 @@ def try_name(path: str) -> str:
     UsageError
         If it cannot, or something that is no regular file has this name.
     """
-    target = os.path.realpath(path)
     try:
+        folder, name = os.path.split(path)
+        if name in ("", os.curdir, os.pardir):
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        target = os.path.join(os.path.realpath(folder, strict=True), name)
+        if os.path.islink(target):
+            target = os.path.realpath(target)
         if os.path.lexists(target):
             _may_replace(path, target)
         else:
@@ -150,7 +155,7 @@ def try_name(path: str) -> str:
 
 def _may_replace(path: str, target: str) -> None:
     info, folder = os.stat(target), os.path.dirname(target)
-    if not stat.S_ISREG(info.st_mode) or path.endswith("/"):
+    if not stat.S_ISREG(info.st_mode):
         raise UsageError(f"cannot write {path}: it exists and is no regular file; choose another path")
     if not os.access(folder, os.W_OK | os.X_OK):
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
@@ -212,7 +217,9 @@ class FileOutput:
         except OSError as error:
             raise self._full(error) from error
 
-    def _full(self, error: OSError) -> MissingFacility:
+    def _full(self, error: OSError) -> MissingFacility | UsageError:
+        if error.errno in NAMED_WRONG:  # it was right when this began
+            return UsageError(f"cannot write {self.path}: {error.strerror}; its folder was changed meanwhile")
         return MissingFacility(f"cannot write {self.path}: {error.strerror}; free some space or choose another place")
 
     def flush(self) -> bool:
@@ -228,7 +235,7 @@ class FileOutput:
 
         Raises
         ------
-        MissingFacility
+        MissingFacility, UsageError
             If that fails; there is no such file then.
         """
         try:

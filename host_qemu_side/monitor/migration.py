@@ -16,7 +16,7 @@ from host_qemu_side.monitor.host import IDLE, Host, OwnGuest
 from host_qemu_side.runner import MigrationRunner, RunnerPhase
 from vring import bitmap
 from vring.dirty.software import SoftwareDirtyLog
-from vring.errors import VirtioError
+from vring.errors import MissingFacility, PeerVanished, UsageError, VirtioError
 from vring.memory import PAGE_SIZE
 
 __all__ = ["MigrationCommands"]
@@ -24,6 +24,15 @@ __all__ = ["MigrationCommands"]
 REPORT_TIMEOUT = 120.0
 CONNECT_POLL = 0.02
 MAX_DOWNTIME_MS = 2000 * 1000
+
+
+def _kind_of(error: BaseException) -> str:
+    """Return whose matter an error is: ``usage``, ``missing``, ``vanished`` or ``protocol``."""
+    if isinstance(error, UsageError):
+        return "usage"
+    if isinstance(error, (PeerVanished, ConnectionError)):
+        return "vanished"
+    return "missing" if isinstance(error, (MissingFacility, OSError)) else "protocol"
 
 
 class MigrationCommands:
@@ -44,6 +53,7 @@ class MigrationCommands:
         self._runner: MigrationRunner | None = None
         self._wanted = {"hints": True, "verify": False}
         self._error: str | None = None
+        self._error_kind = ""
         self._began = 0.0
         self._setup_ms = 0
         self._total_ms = 0
@@ -158,7 +168,7 @@ class MigrationCommands:
         """Return how it goes, with QEMU's names; ``hints`` and ``verify`` are our own."""
         answer: dict[str, Any] = {"status": self.status}
         if self._error is not None:
-            answer["error-desc"] = self._error
+            answer["error-desc"], answer["error-kind"] = self._error, self._error_kind
         if self.status == "none":
             return answer
         answer["total-time"] = self._total_ms or round((time.monotonic() - self._began) * 1000)
@@ -277,6 +287,7 @@ class MigrationCommands:
         runner = self._runner
         guest = self._host.guest
         self._close()
+        self._error_kind = _kind_of(error)
         if self.status == "completed":
             self._error = f"the guest was handed over, but {error}"
             self._host.emit("MIGRATION_REPORT", {"error": str(error)})
