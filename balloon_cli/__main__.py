@@ -51,7 +51,7 @@ def main(arguments: list[str] | None = None) -> None:
             signal.signal(signal.SIGINT, signal.default_int_handler)
         with streams.patient_streams():
             code = run(arguments)
-    except (ImportError, OSError, MemoryError) as error:  # of the modules: `run` has none left
+    except (ImportError, OSError, MemoryError, SystemError) as error:  # of the modules: `run` has none left
         print(f"balloon: {_why_not_loaded(error)}", file=sys.stderr)
         code = MISSING
     except KeyboardInterrupt:
@@ -67,7 +67,8 @@ def _why_not_loaded(error: BaseException) -> str:
         said.append(str(cause))
         cause = cause.__cause__ or cause.__context__
     text = " ".join(said)
-    if isinstance(error, MemoryError) or "allocate memory" in text or "failed to map" in text:
+    # SystemError is what Python itself makes of it now and then.
+    if isinstance(error, (MemoryError, SystemError)) or "allocate memory" in text or "failed to map" in text:
         return "there is not enough memory even to begin: raise the limit (ulimit -v, control group)"
     if "Too many open files" in text:
         return "too few files may be open even to begin: raise the limit (ulimit -n)"

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 from cli_support import BALLOON, all_gone, descendants, run
 
+from balloon_cli.__main__ import _why_not_loaded
 from balloon_cli.errors import exit_code, message
 from vring.errors import MissingFacility, PeerVanished, UsageError
 
@@ -76,17 +77,42 @@ def test_as_many_descriptors_as_are_needed_are_enough() -> None:
     assert run(*SMALL, preexec_fn=limited(resource.RLIMIT_NOFILE, 64)).returncode == 0
 
 
-@pytest.mark.parametrize("size", [60, 100, 150, 200, 260, 300, 400, 500])
-def test_little_address_space(size: int, tmp_path: Path) -> None:
-    """Too little to load a module, to map the guest, or just enough: never anything else than 0 and 3."""
+@pytest.fixture(scope="module")
+def loaded() -> int:
+    """Bytes of address space that the program has taken once its modules are loaded, here and with this Python."""
+    code = "import balloon_cli.commands; print(open('/proc/self/status').read())"
+    environment = {**os.environ, "OPENBLAS_NUM_THREADS": "1"}
+    text = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment).stdout
+    return int(text.partition("VmPeak:")[2].split()[0]) << 10
+
+
+@pytest.mark.parametrize("more", [4, 70, 140, 200, 400])
+def test_little_address_space(more: int, loaded: int, tmp_path: Path) -> None:
+    """Too little to map the guest, or just enough: never anything else than 0 and 3."""
     done = run("migrate", "--memory", "128M", "--warm-up", "0", "--hints", "on", cwd=tmp_path,
-               preexec_fn=limited(resource.RLIMIT_AS, size * MIB))  # fmt: skip
+               preexec_fn=limited(resource.RLIMIT_AS, loaded + more * MIB))  # fmt: skip
     assert done.returncode in (0, 3), done.stderr
     assert "Traceback" not in done.stderr
     if done.returncode:
         assert "memory" in done.stderr or "address space" in done.stderr
         assert done.stderr.count("\n") <= 4
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("error", "says"),
+    [
+        (MemoryError(), "not enough memory even to begin"),
+        (SystemError("error return without exception set"), "not enough memory even to begin"),
+        (ImportError("x.so: failed to map segment from shared object"), "not enough memory even to begin"),
+        (OSError(24, "Too many open files"), "too few files may be open even to begin"),
+        (ModuleNotFoundError("No module named 'rich'"), "No module named 'rich'; run"),
+    ],
+)
+def test_why_it_could_not_even_begin(error: BaseException, says: str) -> None:
+    """Python's own words for it are many, and not the same in each version."""
+    assert says in _why_not_loaded(error)
+    assert "\n" not in _why_not_loaded(error)
 
 
 def test_a_limit_of_address_space_is_known_before_a_guest_boots() -> None:
