@@ -24,8 +24,6 @@ LINUX_KERNEL = 32 << 20
 """What a Linux guest needs for itself, at the very least."""
 BOOKKEEPING = 64
 """The part of a guest's memory that bitmaps, digests and its own mem_map take at least (measured: a fortieth)."""
-PROGRAM = 64 << 20
-"""Address space that the program still takes once its modules are loaded, at the very least."""
 
 
 def require_descriptors() -> None:
@@ -154,8 +152,9 @@ def require_memory(memory: int, workload: str, *, linux: bool = False, hints: bo
             "give it less with --memory"
         )
     space = address_room()
-    if space is not None and memory + PROGRAM > space.available:
+    mapped = memory * (2 if here and not linux else 1)  # a destination that goes on with it, by receiver and device
+    if space is not None and mapped > space.available:
         raise MissingFacility(
-            f"a guest with {format_size(memory)} needs {format_size(memory + PROGRAM)} of address space, and "
+            f"a guest with {format_size(memory)} needs {format_size(mapped)} of address space, and "
             f"{space.limit} leaves {format_size(space.available)}: raise it, or give the guest less with --memory"
         )

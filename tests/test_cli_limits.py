@@ -86,7 +86,7 @@ def loaded() -> int:
     return int(text.partition("VmPeak:")[2].split()[0]) << 10
 
 
-@pytest.mark.parametrize("more", [4, 70, 140, 200, 400])
+@pytest.mark.parametrize("more", [4, 70, 140, 200, 300, 400])
 def test_little_address_space(more: int, loaded: int, tmp_path: Path) -> None:
     """Too little to map the guest, or just enough: never anything else than 0 and 3."""
     done = run("migrate", "--memory", "128M", "--warm-up", "0", "--hints", "on", cwd=tmp_path,
