@@ -13,6 +13,7 @@ from typing import Any
 
 from balloon_cli.errors import MISSING, InvariantFailed
 from balloon_cli.read_back import read_back
+from balloon_cli.signals import next_one_kills
 from balloon_dev.profiles import Profile
 from host_qemu_side.migration import Cancelled, Limits, Migration
 from host_qemu_side.migration.connecting import connect
@@ -84,8 +85,7 @@ def stop_on_signal() -> Iterator[Callable[[], bool]]:
 
     def first(number: int, frame: object) -> None:
         asked.append(number)
-        for which in signals:
-            signal.signal(which, signal.SIG_DFL)
+        next_one_kills(signals)
 
     old = {which: signal.signal(which, first) for which in signals}
     try:

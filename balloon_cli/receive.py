@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from balloon_cli.signals import next_one_kills
 from guest_driver.process import die_with_parent as bind_to_parent
 from host_qemu_side.destination import accept, receive, resume
 from host_qemu_side.linux_guest import tags
@@ -52,8 +53,7 @@ class _Interrupts:
             signal.signal(which, handler)
 
     def _first(self, number: int, frame: object) -> None:
-        for which in self._old:
-            signal.signal(which, signal.SIG_DFL)
+        next_one_kills(self._old)
         self.asked = True
         if not self.keeping:
             raise KeyboardInterrupt

@@ -17,6 +17,7 @@ from click.core import ParameterSource
 from balloon_cli.errors import INTERRUPTED
 from balloon_cli.guests import check_python_guest, require_descriptors, require_memory
 from balloon_cli.options import SEED, SIZE, profile_option
+from balloon_cli.signals import next_one_kills
 from balloon_cli.streams import nobody_reads
 from balloon_dev.device import DEFAULT_FEATURES
 from balloon_dev.features import BalloonFeature, parse_features
@@ -51,8 +52,7 @@ def stop_on_signal(loop: Loop) -> Iterator[list[int]]:
 
     def first(number: int, frame: object) -> None:
         asked.append(number)
-        for which in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(which, signal.SIG_DFL)
+        next_one_kills((signal.SIGINT, signal.SIGTERM))
 
     def woken() -> None:
         with contextlib.suppress(BlockingIOError):

@@ -298,6 +298,16 @@ def test_two_receivers_do_not_share_a_socket_and_a_file_is_not_removed(tmp_path:
     assert path.read_text() == "precious"
 
 
+def test_a_second_receiver_on_a_port_is_refused() -> None:
+    """Not even at another address of the same name: sources would reach the first."""
+    process, address = receiver("tcp:localhost:0")
+    second = run("receive", address)
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=5)
+    assert second.returncode == 2
+    assert f"cannot listen on {address}: Address already in use" in second.stderr
+
+
 def test_keep_runs_until_ctrl_c_and_ends_well(stream: tuple[Path, dict[str, Any], str]) -> None:
     process = subprocess.Popen(
         [*BALLOON, "receive", f"file:{stream[0]}", "--keep", "--json"],

@@ -74,3 +74,26 @@ main(["--version"])
     assert done.returncode == 130, done.stderr
     assert done.stderr == "balloon: interrupted\n"
     assert not done.stdout
+
+
+@pytest.mark.parametrize("command", ["migrate", "receive", "serve"])
+def test_two_signals_at_once_are_the_first_and_the_one_that_kills(command: str, tmp_path: Path) -> None:
+    """Both are there before Python looks: none of them is lost, and Python complains of none."""
+    arguments = {
+        "migrate": [*MIGRATE, "--bandwidth", "2M"],
+        "receive": [*BALLOON, "receive", "unix:s"],
+        "serve": [*BALLOON, "serve", "s", "--guest", "python", "--memory", "16M"],
+    }
+    process = subprocess.Popen(arguments[command], stderr=subprocess.PIPE, text=True, cwd=tmp_path)
+    assert process.stderr is not None
+    said = {"migrate": "round 1", "receive": "waiting for", "serve": "guest-ready"}[command]
+    while said not in (line := process.stderr.readline()):
+        assert line
+    children = descendants(process.pid)
+    for number in (signal.SIGSTOP, signal.SIGTERM, signal.SIGINT, signal.SIGCONT):
+        process.send_signal(number)
+    _, err = process.communicate(timeout=10)
+    assert process.returncode in (-signal.SIGTERM, -signal.SIGINT), err
+    assert "Traceback" not in err
+    assert "race condition" not in err
+    assert all_gone(children)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import resource
@@ -15,8 +16,10 @@ from pathlib import Path
 import pytest
 from cli_support import BALLOON, all_gone, descendants, run
 
+from balloon_cli import guests
 from balloon_cli.__main__ import _why_not_loaded
 from balloon_cli.errors import exit_code, message
+from balloon_cli.machine import MemoryRoom
 from vring.errors import MissingFacility, PeerVanished, UsageError
 
 SMALL = ["migrate", "--memory", "16M", "--warm-up", "0", "--hints", "on"]
@@ -113,6 +116,29 @@ def test_why_it_could_not_even_begin(error: BaseException, says: str) -> None:
     """Python's own words for it are many, and not the same in each version."""
     assert says in _why_not_loaded(error)
     assert "\n" not in _why_not_loaded(error)
+
+
+@pytest.mark.parametrize(
+    ("workload", "hints", "works"),
+    [
+        ("churn", True, True),  # measured: 672 MiB at its peak
+        ("churn", False, False),  # 1115 MiB
+        ("churn:90%", True, False),
+        ("build:4K", False, True),  # 100 MiB
+        ("idle", False, True),
+        ("writer:300M@1M", False, True),
+        ("writer:500M@1M", False, False),
+    ],
+)
+def test_memory_is_estimated_from_below(
+    workload: str, hints: bool, works: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a guest with 512 MiB, where 800 can be had: what could work is not refused."""
+    monkeypatch.setattr(guests, "memory_room", lambda: MemoryRoom(800 * MIB, 4096 * MIB, "this machine"))
+    monkeypatch.setattr(guests, "address_room", lambda: None)
+    with contextlib.nullcontext() if works else pytest.raises(MissingFacility, match="this machine has 800.0 MiB left"):
+        guests.require_memory(512 * MIB, workload, hints=hints)
+    guests.require_memory(512 * MIB, workload, here=False)
 
 
 def test_a_limit_of_address_space_is_known_before_a_guest_boots() -> None:
