@@ -136,7 +136,7 @@ def test_memory_is_estimated_from_below(
     """Of a guest with 512 MiB, where 800 can be had: what could work is not refused."""
     monkeypatch.setattr(guests, "memory_room", lambda: MemoryRoom(800 * MIB, 4096 * MIB, "this machine"))
     monkeypatch.setattr(guests, "address_room", lambda: None)
-    with contextlib.nullcontext() if works else pytest.raises(MissingFacility, match="this machine has 800.0 MiB left"):
+    with contextlib.nullcontext() if works else pytest.raises(MissingFacility, match="this machine has"):
         guests.require_memory(512 * MIB, workload, hints=hints)
     guests.require_memory(512 * MIB, workload, here=False)
 
