@@ -27,6 +27,7 @@ from balloon_cli.options import (
     fail_if,
     limit_options,
     linux_options,
+    naming,
     profile_option,
     qemu_option,
     set_up_logging,
@@ -187,11 +188,8 @@ def _check_values(ctx: click.Context, options: dict[str, Any]) -> None:
 
 
 def _check_destination(ctx: click.Context, options: dict[str, Any]) -> None:
-    try:
+    with naming("--to"):
         address = parse_address(options["to"])
-    except UsageError as error:
-        raise click.BadParameter(str(error), param_hint="--to") from error
-    try:
         if address.kind == "file":
             for place in {options["to"], *places(options["to"], options["hints"]).values()}:
                 try_name(parse_address(place).path)
@@ -199,8 +197,6 @@ def _check_destination(ctx: click.Context, options: dict[str, Any]) -> None:
             raise UsageError(f"{options['to']}: {why}")
         elif address.kind == "tcp" and not address.port:
             raise UsageError(f"{options['to']}: nobody can be reached at port 0")
-    except UsageError as error:
-        raise click.BadParameter(str(error), param_hint="--to") from error
     if address.kind != "file" and options["hints"] == "both":
         if ctx.get_parameter_source("hints") is ParameterSource.COMMANDLINE:
             raise click.BadParameter(
@@ -253,10 +249,8 @@ def receive(
 
     ADDRESS is unix:PATH, tcp:HOST:PORT or file:PATH. One guest is received, then the command ends.
     """
-    try:
+    with naming("ADDRESS"):
         where = parse_address(address)
-    except UsageError as error:
-        raise click.BadParameter(str(error), param_hint="ADDRESS") from error
     if keep and no_resume:
         raise click.UsageError("--keep and --no-resume exclude each other")
     require_descriptors()

@@ -12,11 +12,11 @@ from typing import Any
 
 import click
 
-from balloon_cli.options import MAX_SECONDS, SECONDS
+from balloon_cli.options import SECONDS
 from balloon_cli.streams import result
 from host_qemu_side.migration import Cancelled
 from vring.errors import DeviceError, MissingFacility, PeerVanished, UsageError, VirtioError, quoted
-from vring.sizes import format_size, parse_size
+from vring.sizes import MAX_SECONDS, format_size, parse_size
 from vring.unix_socket import socket_path, why_misnamed
 
 __all__ = ["CommandFailed", "MonitorClient", "ctl", "render"]

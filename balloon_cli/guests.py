@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import resource
 
-import click
-
 from balloon_cli.machine import address_room, memory_room
+from balloon_cli.options import naming
 from guest_driver.fitting import check_memory, check_workload
 from guest_driver.workloads import FORMS, ChurnSpec, WriterSpec, parse_workload
 from vring.errors import MissingFacility, UsageError
@@ -41,16 +40,11 @@ def require_descriptors() -> None:
         )
 
 
-def _bad(option: str, error: UsageError) -> click.BadParameter:
-    return click.BadParameter(str(error), param_hint=option)
-
-
 def _parsed(workload: str) -> None:
     try:
         parse_workload(workload)
     except UsageError as error:
-        text = str(error) if FORMS in str(error) else f"{error}; valid are: {FORMS}"
-        raise click.BadParameter(text, param_hint="--workload") from error
+        raise error if FORMS in str(error) else UsageError(f"{error}; valid are: {FORMS}") from error
 
 
 def check_python_guest(memory: int, workload: str, *, least: int = MIN_MEMORY, low: int = 0) -> None:
@@ -72,17 +66,13 @@ def check_python_guest(memory: int, workload: str, *, least: int = MIN_MEMORY, l
     click.BadParameter
         If it cannot; the message names the option.
     """
-    if memory < least:
-        raise _bad("--memory", UsageError(f"{format_size(memory)} is too little, at least {least >> 20}M"))
-    try:
+    with naming("--memory"):
+        if memory < least:
+            raise UsageError(f"{format_size(memory)} is too little, at least {least >> 20}M")
         check_memory(memory)
-    except UsageError as error:
-        raise _bad("--memory", error) from error
-    _parsed(workload)
-    try:
+    with naming("--workload"):
+        _parsed(workload)
         check_workload(workload, memory, low=low)
-    except UsageError as error:
-        raise _bad("--workload", error) from error
 
 
 def check_linux_guest(memory: int, workload: str) -> None:
@@ -90,12 +80,10 @@ def check_linux_guest(memory: int, workload: str) -> None:
     from balloon_cli.migrate_linux import tool_commands
     from host_qemu_side.linux_guest.launch import check_memory as check_linux_memory
 
-    try:
+    with naming("--memory"):
         check_linux_memory(memory)
-    except UsageError as error:
-        raise _bad("--memory", error) from error
-    _parsed(workload)
-    try:
+    with naming("--workload"):
+        _parsed(workload)
         tool_commands(workload, 1)
         room, sets = memory - LINUX_KERNEL, _written(workload, memory)[2]
         if sets > room:
@@ -103,8 +91,6 @@ def check_linux_guest(memory: int, workload: str) -> None:
                 f"workload {workload!r} needs {format_size(sets)} for its working sets, and a Linux guest of "
                 f"{format_size(memory)} has less than {format_size(room)} for them"
             )
-    except UsageError as error:
-        raise _bad("--workload", error) from error
 
 
 def _written(workload: str, memory: int) -> tuple[int, int, int]:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import logging
-import math
 import os
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -21,7 +21,7 @@ from guest_driver.qemu.package import QEMU_ENVIRONMENT
 from host_qemu_side.linux_guest.kernel import KERNEL_ENVIRONMENT, MODULES_ENVIRONMENT
 from host_qemu_side.migration import MIN_BANDWIDTH
 from vring.errors import UsageError, quoted
-from vring.sizes import parse_size
+from vring.sizes import parse_seconds, parse_size
 
 if TYPE_CHECKING:
     _SizeBase = click.ParamType[int]
@@ -31,7 +31,6 @@ else:
 
 __all__ = [
     "BANDWIDTH",
-    "MAX_SECONDS",
     "SECONDS",
     "SEED",
     "SIZE",
@@ -41,13 +40,11 @@ __all__ = [
     "fail_if",
     "limit_options",
     "linux_options",
+    "naming",
     "profile_option",
     "qemu_option",
     "set_up_logging",
 ]
-
-MAX_SECONDS = 1e7
-"""Some months; waits of the system end not far beyond."""
 
 Command = Callable[..., Any]
 
@@ -75,12 +72,9 @@ class Seconds(_SecondsBase):
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
         """Parse it."""
         try:
-            seconds = float(value)
-        except ValueError:
-            seconds = math.nan
-        if not 0 <= seconds <= MAX_SECONDS:
-            self.fail(f"{quoted(str(value))} is no time in seconds; write it as 0.3 or 10", param, ctx)
-        return seconds
+            return parse_seconds(str(value))
+        except UsageError as error:
+            self.fail(str(error), param, ctx)
 
 
 class Bandwidth(Size):
@@ -193,6 +187,15 @@ def qemu_option(command: Command) -> Command:
         metavar="PATH",
         help=f"QEMU's program, or the folder that has it. Default: ${QEMU_ENVIRONMENT}, or as installed.",
     )(command)
+
+
+@contextlib.contextmanager
+def naming(option: str) -> Iterator[None]:
+    """Within the block a `UsageError` is about this option, or argument, and becomes click's error that names it."""
+    try:
+        yield
+    except UsageError as error:
+        raise click.BadParameter(str(error), param_hint=option) from error
 
 
 def chosen_folder(folder: str, option: str) -> None:

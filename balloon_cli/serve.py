@@ -16,7 +16,7 @@ from click.core import ParameterSource
 
 from balloon_cli.errors import INTERRUPTED
 from balloon_cli.guests import check_python_guest, require_descriptors, require_memory
-from balloon_cli.options import SEED, SIZE, profile_option
+from balloon_cli.options import SEED, SIZE, naming, profile_option
 from balloon_cli.signals import next_one_kills
 from balloon_cli.streams import nobody_reads
 from balloon_dev.device import DEFAULT_FEATURES
@@ -24,7 +24,6 @@ from balloon_dev.features import BalloonFeature, parse_features
 from balloon_dev.profiles import profile_named
 from host_qemu_side.loop import Loop
 from host_qemu_side.serve import ServeOptions, Server
-from vring.errors import UsageError
 from vring.unix_socket import socket_path
 
 __all__ = ["FEATURES", "serve"]
@@ -96,15 +95,11 @@ def _plain(value: Any) -> str:
 
 def _check_values(ctx: click.Context, options: dict[str, Any]) -> int:
     """Refuse what cannot work before anything is started; return the features."""
-    try:
+    with naming("SOCKET"):
         socket_path(options["socket"])
-    except UsageError as error:
-        raise click.BadParameter(str(error), param_hint="SOCKET") from error
     if options["monitor"] is not None:
-        try:
+        with naming("--monitor"):
             socket_path(options["monitor"])
-        except UsageError as error:
-            raise click.BadParameter(str(error), param_hint="--monitor") from error
     if options["target"] == 0:
         raise click.BadParameter("a guest cannot be without memory", param_hint="--target")
     if options["guest"] is None:
@@ -113,10 +108,8 @@ def _check_values(ctx: click.Context, options: dict[str, Any]) -> int:
                 raise click.BadParameter("it is for --guest python", param_hint=f"--{name}")
     else:
         check_python_guest(options["memory"], options["workload"])
-    try:
+    with naming("--features"):
         features = FEATURES if options["features"] is None else parse_features(options["features"])
-    except UsageError as error:
-        raise click.BadParameter(str(error), param_hint="--features") from error
     require_descriptors()
     if options["guest"] is not None:
         require_memory(options["memory"], options["workload"], here=False)

@@ -18,11 +18,10 @@ from guest_driver.fitting import check_memory, check_workload
 from guest_driver.process import GuestOptions, GuestProcess, die_with_parent
 from guest_driver.workloads import FORMS
 from vring.errors import DeviceError, MissingFacility, PeerVanished, UsageError, VirtioError, quoted
-from vring.sizes import parse_size
+from vring.sizes import parse_seconds, parse_size
 
 EXIT = {UsageError: 2, MissingFacility: 3, DeviceError: 4, PeerVanished: 5}
 LACKING = 3
-MAX_SECONDS = 1e7
 
 
 _T = TypeVar("_T")
@@ -53,16 +52,6 @@ def _number(least: int, most: int) -> Callable[[str], int]:
         return number
 
     return _said(parse)
-
-
-def _seconds(text: str) -> float:
-    try:
-        seconds = float(text)
-    except ValueError:
-        seconds = -1.0
-    if not 0 <= seconds <= MAX_SECONDS:
-        raise UsageError(f"{quoted(text)} is no time in seconds; write it as 0.3 or 10")
-    return seconds
 
 
 def _tell(text: str) -> None:
@@ -97,7 +86,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--reconnect",
         default=0.0,
-        type=_said(_seconds),
+        type=_said(parse_seconds),
         metavar="SECONDS",
         help="when the device goes away, do without it and try to reach it again for so long; default: end",
     )

@@ -17,7 +17,7 @@ from vring import vhost_user as vu
 from vring.errors import DeviceError, PeerVanished, UsageError
 from vring.memory import GuestMemory
 from vring.split import QueueLayout
-from vring.unix_socket import socket_path, why_misnamed
+from vring.unix_socket import adopted, socket_path, why_misnamed
 from vring.vhost_user import ProtocolFeature, Request
 
 __all__ = ["VhostUserTransport"]
@@ -272,10 +272,7 @@ class VhostUserTransport:
 def _connect(path: str, timeout: float) -> socket.socket:
     found = _FD.fullmatch(path)
     if found:
-        try:
-            connected = socket.socket(fileno=int(found[1]))
-        except OSError as error:
-            raise UsageError(f"{path} is no connected socket of this process: {error.strerror}") from error
+        connected = adopted(int(found[1]))
         connected.settimeout(timeout)
         connected.set_inheritable(False)
         return connected

@@ -25,7 +25,7 @@ from host_qemu_side.migration.stream import StreamReader
 from host_qemu_side.python_guest import PythonGuest
 from host_qemu_side.vhost_user import VhostUserBackend
 from vring.errors import PeerVanished, UsageError, VirtioError
-from vring.unix_socket import UnixListener
+from vring.unix_socket import UnixListener, adopted
 
 __all__ = ["accept", "receive", "resume"]
 
@@ -138,10 +138,7 @@ def accept(
         except OSError as error:
             raise UsageError(f"cannot read {address.path}: {error.strerror}") from error
     if address.kind == "fd":
-        try:
-            source = _Source(socket.socket(fileno=address.fd), None)
-        except OSError as error:
-            raise UsageError(f"{address} is no connected socket of this process: {error.strerror}") from error
+        source = _Source(adopted(address.fd), None)
         source.answer(greeting)
         return source
     with contextlib.ExitStack() as stack:

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 
 from vring.errors import UsageError, quoted
 
-__all__ = ["MAX_PATH", "UnixListener", "socket_path", "why_misnamed"]
+__all__ = ["MAX_PATH", "UnixListener", "adopted", "socket_path", "why_misnamed"]
 
 MAX_PATH = 107
 """Bytes of a path that the system takes for a socket."""
@@ -41,6 +41,20 @@ def socket_path(path: str) -> str:
             "choose a shorter one"
         )
     return path
+
+
+def adopted(fd: int) -> socket.socket:
+    """Return the socket that a descriptor of this process is: somebody who started it has connected it.
+
+    Raises
+    ------
+    UsageError
+        If it is none.
+    """
+    try:
+        return socket.socket(fileno=fd)
+    except OSError as error:
+        raise UsageError(f"fd:{fd} is no connected socket of this process: {error.strerror}") from error
 
 
 def why_misnamed(path: str) -> str:

@@ -13,7 +13,7 @@ from typing import Any
 from host_qemu_side.migration.address import Address, parse_address
 from host_qemu_side.migration.output import FileOutput, SocketOutput
 from vring.errors import PeerVanished, UsageError
-from vring.unix_socket import why_misnamed
+from vring.unix_socket import adopted, why_misnamed
 
 __all__ = ["Connecting", "connect"]
 
@@ -52,7 +52,7 @@ class Connecting:
         if self.address.kind == "file":
             self._file = FileOutput(self.address.path)
         elif self.address.kind == "fd":
-            self._socket, self._connected = _adopted(self.address.fd), True
+            self._socket, self._connected = adopted(self.address.fd), True
         else:
             self._targets.extend(self._look_up())
             self._next(OSError(errno.EADDRNOTAVAIL, os.strerror(errno.EADDRNOTAVAIL)))
@@ -126,13 +126,6 @@ class Connecting:
             self._socket.close()
         if self._file is not None:
             self._file.close()
-
-
-def _adopted(fd: int) -> socket.socket:
-    try:
-        return socket.socket(fileno=fd)
-    except OSError as error:
-        raise UsageError(f"fd:{fd} is no connected socket of this process: {error.strerror}") from error
 
 
 def connect(address: Address | str, wait: Callable[[float], None] = time.sleep) -> SocketOutput | FileOutput:
