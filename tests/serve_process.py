@@ -7,7 +7,7 @@ import subprocess
 import sys
 import time
 
-from balloon_cli.ctl import MonitorClient
+from balloon_cli.monitor_client import MonitorClient
 
 MIB = 1 << 20
 BALLOON = [sys.executable, "-m", "balloon_cli"]

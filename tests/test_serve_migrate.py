@@ -12,7 +12,7 @@ import pytest
 from qemu.qmp import EventListener, ExecuteError, QMPClient
 from serve_process import BALLOON, MIB, Process, receiver, wait_for
 
-from balloon_cli.ctl import CommandFailed, MonitorClient
+from balloon_cli.monitor_client import CommandFailed, MonitorClient
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ import sys
 import pytest
 from serve_process import BALLOON, MIB, Process, receiver, wait_for
 
-from balloon_cli.ctl import CommandFailed
+from balloon_cli.monitor_client import CommandFailed
 from host_qemu_side.linux_guest import LinuxGuest
 from vring.errors import MissingFacility
 

@@ -64,24 +64,26 @@ def check_value(value: Any, depth: int = MAX_DEPTH) -> None:
     ValueError
         If not.
     """
-    level = [value]
-    for _ in range(depth + 1):
+    level, levels = [value], 0
+    while level:
         inner: list[Any] = []
+        containers = False
         for item in level:
             if isinstance(item, dict):
+                containers = True
                 inner += item.keys()
                 inner += item.values()
             elif isinstance(item, list):
+                containers = True
                 inner += item
             elif isinstance(item, str) and not item.isascii():
                 try:
                     item.encode()
                 except UnicodeEncodeError:
                     raise ValueError("a text has half a surrogate pair, which cannot be encoded") from None
-        if not inner:
-            return
-        level = inner
-    raise ValueError(f"nested more than {depth} deep")
+        level, levels = inner, levels + containers
+        if levels > depth:
+            raise ValueError(f"nested more than {depth} deep")
 
 
 def parse_json(
@@ -162,12 +164,12 @@ class Fields:
         value = self._value.get(name, self._NONE)
         if value is self._NONE:
             if default is self._NONE:
-                raise self.refusal(f"{self.what}: {name} is missing")
+                raise self.refusal(f"{self.what}: {visible(name, 60)} is missing")
             return default
         return value
 
     def _wrong(self, name: str, value: Any, must: str) -> VirtioError:
-        return self.refusal(f"{self.what}: {name} is {_shown(value)}, it must be {must}")
+        return self.refusal(f"{self.what}: {visible(name, 60)} is {_shown(value)}, it must be {must}")
 
     def integer(self, name: str, low: int = 0, high: int = U64, *, default: int = _NONE) -> int:
         """Return an integer from `low` to `high`."""
@@ -239,7 +241,7 @@ class Fields:
 
     def members(self, name: str, *, default: dict[str, Any] = _NONE) -> Fields:
         """Return the members of an object within."""
-        return Fields(self._member(name, default), f"{self.what}: {name}", self.refusal)
+        return Fields(self._member(name, default), f"{self.what}: {visible(name, 60)}", self.refusal)
 
     def choice(self, name: str, among: dict[str, T], *, default: str = _NONE) -> T:
         """Return what a text that is one of the names in `among` stands for."""
@@ -247,6 +249,10 @@ class Fields:
         if not isinstance(value, str) or value not in among:
             raise self._wrong(name, value, f"one of {', '.join(among)}")
         return among[value]
+
+    def any(self, name: str) -> Any:
+        """Return whatever is there, not checked."""
+        return self._member(name, self._NONE)
 
     def __contains__(self, name: str) -> bool:
         return name in self._value

@@ -5,9 +5,12 @@ from __future__ import annotations
 import socket
 from collections.abc import Sequence
 
-from vring.errors import PeerVanished
+from vring.errors import DeviceError, PeerVanished
 
-__all__ = ["LineConnection"]
+__all__ = ["MAX_LINE", "LineConnection"]
+
+MAX_LINE = 16 << 20
+"""Bytes of the longest line that is read."""
 
 
 class LineConnection:
@@ -40,6 +43,8 @@ class LineConnection:
         ------
         PeerVanished
             If nothing comes, or QEMU is gone.
+        DeviceError
+            If a line has no end.
         BlockingIOError
             If the socket does not wait and there is nothing.
         """
@@ -54,6 +59,8 @@ class LineConnection:
         if not data:
             raise PeerVanished(f"{self._name}: QEMU closed the connection")
         *lines, self._data = (self._data + data).split(b"\n")
+        if len(self._data) > MAX_LINE:
+            raise DeviceError(f"{self._name}: QEMU sends a line without end")
         for line in lines:
             self._line(line)
 

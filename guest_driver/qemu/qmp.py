@@ -8,8 +8,9 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from guest_driver.qemu.lines import LineConnection
+from guest_driver.qemu.lines import MAX_LINE, LineConnection
 from guest_driver.waiting import wait_readable
+from vring.decode import Fields, parse_json, visible
 from vring.errors import DeviceError, PeerVanished
 
 __all__ = ["QmpClient", "QmpError"]
@@ -36,18 +37,30 @@ class QmpClient(LineConnection):
 
     def __init__(self, connection: socket.socket, *, timeout: float = 20.0) -> None:
         super().__init__(connection, "QMP", timeout)
-        self._messages: list[dict[str, Any]] = []
+        self._messages: list[Fields] = []
         self.events: list[dict[str, Any]] = []
         """Events heard and not taken yet, as QEMU sent them."""
         while not self._messages:
             self._receive()
-        self.version: dict[str, Any] = self._messages.pop(0)["QMP"]["version"]
+        version = self._messages.pop(0).members("QMP").members("version")
+        numbers = version.members("qemu")
+        self.version: dict[str, Any] = {
+            "qemu": {part: numbers.integer(part) for part in ("major", "minor", "micro")},
+            "package": visible(version.text("package")),
+        }
         """Version as QEMU says it: ``qemu`` with ``major``, ``minor``, ``micro``, and ``package``."""
         self.execute("qmp_capabilities")
 
     def _line(self, line: bytes) -> None:
-        message = json.loads(line)
-        (self.events if "event" in message else self._messages).append(message)
+        said = parse_json(line, "what QEMU's monitor sent", refusal=DeviceError, most=MAX_LINE)
+        message = Fields(said, "what QEMU's monitor sent", DeviceError)
+        if "event" not in message:
+            self._messages.append(message)
+            return
+        message.text("event")
+        if "data" in message:
+            message.members("data")
+        self.events.append(said)
 
     def execute(self, command: str, fds: Sequence[int] = (), /, **arguments: Any) -> Any:
         """Run a command and return what it returns.
@@ -75,9 +88,10 @@ class QmpClient(LineConnection):
         while not self._messages:
             self._receive()
         answer = self._messages.pop(0)
-        if "error" in answer:
-            raise QmpError(f"QEMU refuses {command}: {answer['error']['desc']}", answer["error"]["class"])
-        return answer["return"]
+        if "return" in answer:
+            return answer.any("return")
+        error = answer.members("error")
+        raise QmpError(f"QEMU refuses {command}: {visible(error.text('desc'))}", error.text("class"))
 
     def take_events(self) -> list[dict[str, Any]]:
         """Return the events that came, and forget them; does not wait."""

@@ -209,8 +209,9 @@ class Session:
         content = {"return": {} if value is None else value} if error is None else {"error": error.as_dict()}
         try:
             self.output += encode({**content, **reply})
-        except (ValueError, RecursionError):  # an id that could just be read, and is nested too deeply to be written
-            self.output += encode({"error": QmpError("the id or the result cannot be written as JSON").as_dict()})
+        except ValueError:  # a fault of ours: whatever came as an id can be sent back
+            log.exception("monitor: a result cannot be written as JSON")
+            self.output += encode({"error": QmpError("internal error: no JSON").as_dict(), **reply})
 
     def _execute(self, message: Any, reply: dict[str, Any]) -> Any:
         if isinstance(message, QmpError):

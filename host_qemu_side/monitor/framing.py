@@ -7,8 +7,9 @@ a line, as QEMU allows; but a newline always ends what went before, so a client 
 from __future__ import annotations
 
 import json
-import math
 from typing import Any
+
+from vring.decode import DECODER, check_value
 
 __all__ = ["MAX_LINE", "ErrorClass", "LineReader", "QmpError", "encode"]
 
@@ -48,27 +49,6 @@ class QmpError(Exception):
 def encode(message: dict[str, Any]) -> bytes:
     """Return a message as QMP sends it: one line of ASCII, ended by CR LF."""
     return json.dumps(message, allow_nan=False, default=str).encode("ascii") + b"\r\n"
-
-
-def _no_constant(text: str) -> float:
-    raise ValueError(f"{text} is not JSON")
-
-
-def _finite(text: str) -> float:
-    value = float(text)
-    if not math.isfinite(value):
-        raise ValueError(f"{text[:40]} is too large a number")
-    return value
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        raise ValueError("an object has two members of the same name")
-    return found
-
-
-_DECODER = json.JSONDecoder(parse_constant=_no_constant, parse_float=_finite, object_pairs_hook=_unique)
 
 
 class LineReader:
@@ -126,7 +106,8 @@ class LineReader:
             text = line.decode("utf-8")
             at = len(text) - len(text.lstrip(JSON_SPACE))
             while at < len(text):
-                value, at = _DECODER.raw_decode(text, at)
+                value, at = DECODER.raw_decode(text, at)
+                check_value(value)
                 values.append(value)
                 while at < len(text) and text[at] in JSON_SPACE:
                     at += 1
