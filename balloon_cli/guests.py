@@ -14,7 +14,7 @@ from guest_driver.workloads import FORMS, ChurnSpec, WriterSpec, parse_workload
 from vring.errors import MissingFacility, UsageError
 from vring.sizes import format_size
 
-__all__ = ["check_linux_guest", "check_python_guest", "require_descriptors", "require_memory"]
+__all__ = ["check_linux_guest", "check_python_guest", "require_descriptors", "require_memory", "require_room"]
 
 MIN_MEMORY = 16 << 20
 DESCRIPTORS = 64
@@ -137,8 +137,28 @@ def require_memory(memory: int, workload: str, *, linux: bool = False, hints: bo
             f"{' with its destination' if here else ''}, and {room.limit} has {format_size(room.available)} left: "
             "give it less with --memory"
         )
+    _require_space(memory, memory * (2 if here and not linux else 1))  # of a destination by receiver and device
+
+
+def require_room(memory: int) -> None:
+    """See that a guest of this size can be received at all; how much of its RAM holds something is not known.
+
+    Raises
+    ------
+    MissingFacility
+        If not; the message says what sets the bound.
+    """
+    room = memory_room()
+    if memory // BOOKKEEPING > room.available:
+        raise MissingFacility(
+            f"a guest with {format_size(memory)} needs {format_size(memory // BOOKKEEPING)} for bookkeeping alone, and "
+            f"{room.limit} has {format_size(room.available)} left"
+        )
+    _require_space(memory, memory)
+
+
+def _require_space(memory: int, mapped: int) -> None:
     space = address_room()
-    mapped = memory * (2 if here and not linux else 1)  # a destination that goes on with it, by receiver and device
     if space is not None and mapped > space.available:
         raise MissingFacility(
             f"a guest with {format_size(memory)} needs {format_size(mapped)} of address space, and "

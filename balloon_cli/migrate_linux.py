@@ -176,7 +176,8 @@ def migrate_linux(
             outcome.result.hints_refused = refusal
             progress.say(f"hints refused: {refusal}")
         memory.settle()
-        tags = outcome.ready.get("tags")
+        ready = outcome.ready
+        tags = None if ready is None or ready.tags is None else ready.tags.to_json()
         if isinstance(output, FileOutput):
             host.loop.tick = end_on_signal
             tags = judge_file(outcome, output.path, handle.serve).get("tags")

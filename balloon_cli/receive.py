@@ -9,15 +9,18 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from balloon_cli.guests import require_room
 from balloon_cli.signals import next_one_kills
 from guest_driver.process import die_with_parent as bind_to_parent
 from host_qemu_side.destination import accept, receive, resume
 from host_qemu_side.linux_guest import tags
 from host_qemu_side.migration.address import Address
 from host_qemu_side.migration.receiver import Receiver, ReceiverState
+from host_qemu_side.migration.records import Header, Ready, Report, TagsFound
 from host_qemu_side.migration.stream import StreamError
-from vring.contents import digests_of
-from vring.errors import PeerVanished, UsageError, VirtioError
+from host_qemu_side.saved import SavedGuest, resume_arguments
+from vring.contents import digests_in_order
+from vring.errors import PeerVanished, UsageError, VirtioError, quoted
 
 __all__ = ["ReceiveOptions", "receive_guest"]
 
@@ -84,7 +87,7 @@ def receive_guest(options: ReceiveOptions, say: Callable[[str], None] = lambda t
     if options.die_with_parent:
         bind_to_parent()
     with _Interrupts() as interrupts:
-        receiver = Receiver(inspect=_inspect)
+        receiver = Receiver(on_header=_look_at_header(options), inspect=_inspect(options))
         source = accept(
             options.address,
             receiver.hello(),
@@ -105,7 +108,7 @@ def receive_guest(options: ReceiveOptions, say: Callable[[str], None] = lambda t
             if receiver.state is ReceiverState.COMMITTED and options.resume:
                 _go_on(source, receiver, facts, options, interrupts, say)
             elif receiver.state is ReceiverState.COMMITTED:
-                _tell(source, receiver.report({}))
+                _tell(source, receiver.report(Report()))
         except KeyboardInterrupt:
             if not receiver.complete:
                 _tell(source, receiver.refuse("interrupted at the destination"))
@@ -117,25 +120,44 @@ def receive_guest(options: ReceiveOptions, say: Callable[[str], None] = lambda t
     return facts
 
 
-def _inspect(receiver: Receiver) -> dict[str, Any]:
-    """Judge what can be judged of an image alone: a Linux guest's tagged pages."""
-    if receiver.header.get("guest") != "linux" or receiver.memory is None:
-        return {}
-    try:
-        report = tags.scan(receiver.memory.arrays[0], int(receiver.header["tag_nonce"]))
-    except (UsageError, KeyError, ValueError) as error:
-        return {"tags": {"error": str(error)}}
-    return {
-        "tags": {
-            "pages": report.count,
-            "found": report.found,
-            "missing": len(report.missing),
-            "stale": len(report.stale),
-            "torn": len(report.torn),
-            "updates": report.updates,
-            "ok": report.ok,
-        }
-    }
+def _look_at_header(options: ReceiveOptions) -> Callable[[Header], None]:
+    """Return a callback that refuses, before RAM comes, a guest that cannot be had here or not be gone on with."""
+
+    def look(header: Header) -> None:
+        require_room(header.size)
+        if header.hand_over and options.resume:
+            if header.guest != "python":
+                what = f"a {quoted(header.guest)} guest" if header.guest else "a guest of another program"
+                raise UsageError(
+                    f"the stream is of {what}, and only a Python guest can go on here: --no-resume checks the stream "
+                    "and leaves it at that"
+                )
+            resume_arguments(header)
+
+    return look
+
+
+def _inspect(options: ReceiveOptions) -> Callable[[Receiver], Ready]:
+    """Return a callback that judges what can be judged before the guest is taken: its state, a Linux guest's tags."""
+
+    def inspect(receiver: Receiver) -> Ready:
+        header, memory = receiver.header, receiver.memory
+        assert header is not None
+        assert memory is not None
+        if header.hand_over and options.resume:
+            SavedGuest.from_json(receiver.device_state)
+        if header.guest != "linux":
+            return Ready()
+        try:
+            if header.tag_nonce is None:
+                raise UsageError("the stream does not say whose tags they are")
+            found = tags.scan(memory.arrays[0], header.tag_nonce)
+        except UsageError as error:
+            return Ready(tags=TagsFound(error=str(error)))
+        counts = len(found.missing), len(found.stale), len(found.torn)
+        return Ready(tags=TagsFound(found.count, found.found, *counts, found.updates, found.ok))
+
+    return inspect
 
 
 def _facts(receiver: Receiver, options: ReceiveOptions) -> dict[str, Any]:
@@ -143,13 +165,13 @@ def _facts(receiver: Receiver, options: ReceiveOptions) -> dict[str, Any]:
         "schema_version": 1,
         "from": str(options.address),
         "state": receiver.state.name.lower(),
-        "guest": receiver.header.get("guest"),
+        "guest": receiver.header.guest if receiver.header is not None and receiver.header.guest else None,
         "memory_bytes": 0 if receiver.memory is None else receiver.memory.size,
         "pages_received": receiver.pages,
         "zero_pages_received": receiver.zero_pages,
         "rounds": receiver.rounds,
         "resumed": None,
-        **receiver.inspected,
+        **({"tags": ready.tags.to_json()} if (ready := receiver.ready) is not None and ready.tags is not None else {}),
     }
 
 
@@ -163,7 +185,7 @@ def _go_on(
 ) -> None:
     def checked(found: dict[str, Any]) -> None:
         facts["resumed"] = found
-        _tell(source, receiver.report(found))
+        _tell(source, receiver.report(Report.from_json(found)))
         if options.keep:
             interrupts.keeping = True  # before anybody is told that Ctrl-C is fine
             say("the guest was checked and runs on; Ctrl-C ends it")
@@ -209,18 +231,21 @@ def _narrator(receiver: Receiver, say: Callable[[str], None]) -> Callable[[Recei
 
 def _write_digests(receiver: Receiver, fd: int) -> None:
     assert receiver.memory is not None
-    view = memoryview(digests_of(receiver.memory).astype("<u8").tobytes())
-    while len(view):
-        view = view[os.write(fd, view) :]
+    for digests in digests_in_order(receiver.memory):
+        view = memoryview(digests.astype("<u8").tobytes())
+        while len(view):
+            view = view[os.write(fd, view) :]
 
 
 def _with_place(error: VirtioError, address: Address, receiver: Receiver) -> VirtioError:
     """Return the error with the place and what to do; its exit code stays."""
     text = f"{address.path if address.kind == 'file' else address}: {error.message}"
-    if address.kind == "file" and not receiver.header:
+    if not isinstance(error, (StreamError, PeerVanished)):
+        return type(error)(text)
+    if address.kind == "file" and receiver.header is None:
         text += "; is it a file that `balloon migrate --to file:PATH` wrote?"
     elif address.kind == "file":
         text += f"; write it again with `balloon migrate --to {address}`"
     if isinstance(error, PeerVanished):
         return PeerVanished(text)
-    return StreamError(text) if isinstance(error, StreamError) else error
+    return StreamError(text)

@@ -6,7 +6,7 @@ import struct
 
 from balloon_dev.features import BalloonFeature
 
-__all__ = ["ACTUAL", "CMD_ID", "NUM_PAGES", "POISON_VAL", "BalloonConfig"]
+__all__ = ["ACTUAL", "CMD_ID", "CONFIG_BYTES", "NUM_PAGES", "POISON_VAL", "BalloonConfig"]
 
 NUM_PAGES = 0
 """Offset of num_pages: the size the host asks for, pages of 4096 bytes."""
@@ -16,6 +16,8 @@ CMD_ID = 8
 """Offset of free_page_hint_cmd_id, there if FREE_PAGE_HINT is offered."""
 POISON_VAL = 12
 """Offset of poison_val, there if PAGE_POISON is offered."""
+CONFIG_BYTES = 16
+"""Bytes of the config space with all of its fields."""
 
 _FIELD = struct.Struct("<I")
 _DRIVER_MAY_WRITE = ((ACTUAL, ACTUAL + 4), (POISON_VAL, POISON_VAL + 4))
@@ -24,7 +26,7 @@ _DRIVER_MAY_WRITE = ((ACTUAL, ACTUAL + 4), (POISON_VAL, POISON_VAL + 4))
 def config_size(offered: int) -> int:
     """Return the bytes of config space under the offered features: 8, 12 or 16."""
     if offered & BalloonFeature.PAGE_POISON:
-        return 16
+        return CONFIG_BYTES
     return 12 if offered & BalloonFeature.FREE_PAGE_HINT else 8
 
 
@@ -39,7 +41,7 @@ class BalloonConfig:
 
     def __init__(self, offered: int) -> None:
         self.size = config_size(offered)
-        self._bytes = bytearray(16)
+        self._bytes = bytearray(CONFIG_BYTES)
         self.generation = 0
         """Counts changes by the device, so that a driver can tell a torn read (basic.config.driver-2)."""
 

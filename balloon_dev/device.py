@@ -13,16 +13,16 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from balloon_dev.config import ACTUAL, CMD_ID, NUM_PAGES, POISON_VAL, BalloonConfig
+from balloon_dev.config import ACTUAL, CMD_ID, CONFIG_BYTES, NUM_PAGES, POISON_VAL, BalloonConfig
 from balloon_dev.features import ALL_BALLOON_FEATURES, DEVICE_ID, RING_FEATURES, BalloonFeature, QueueRole
 from balloon_dev.hinting import Action, HintEvent, HintRun
 from balloon_dev.profiles import SPEC, Profile
 from balloon_dev.requests import MAX_REQUEST_BYTES, Discard, HintSink, LearnsDeflate, Requests, RingTap
-from balloon_dev.stats import GuestStats
+from balloon_dev.saved import SavedDevice
 from vring import bitmap
 from vring.dirty.software import SoftwareDirtyLog
-from vring.errors import DriverError, UsageError
-from vring.memory import PAGE_SIZE, GuestMemory
+from vring.errors import DriverError, UsageError, quoted
+from vring.memory import PAGE_SHIFT, PAGE_SIZE, GuestMemory
 from vring.split import DeviceQueue
 
 __all__ = ["DEFAULT_FEATURES", "MAX_REQUEST_BYTES", "SUPPORTED_FEATURES", "BalloonDevice", "RingTap"]
@@ -258,18 +258,19 @@ class BalloonDevice(Requests):
 
     def save(self) -> dict[str, Any]:
         """Return the device's own state for a migration; queues are the transport's to save (see `held_buffers`)."""
-        return {
-            "profile": self.profile.name,
-            "offered": self.offered_features,
-            "negotiated": self.negotiated,
-            "config": self.config.read(0, 16).hex(),
-            "hinting": self.hinting.save(),
-            "stats": self.stats.save(),
-            "ballooned": [[int(a), int(n)] for a, n in zip(*bitmap.runs(self._ballooned), strict=True)],
-        }
+        first, pages = bitmap.runs(self._ballooned)
+        return SavedDevice(
+            self.profile.name,
+            self.offered_features,
+            self.negotiated,
+            self.config.read(0, CONFIG_BYTES),
+            self.hinting.save(),
+            self.stats.save(),
+            tuple(zip(first.tolist(), pages.tolist(), strict=True)),
+        ).to_json()
 
-    def load(self, saved: dict[str, Any]) -> None:
-        """Take over what `save` returned. Call it after `set_memory`; the config interrupt is raised again.
+    def load(self, saved: dict[str, Any] | SavedDevice) -> None:
+        """Take over what `save` returned, checked or not. Call it after `set_memory`; the config interrupt comes again.
 
         Raises
         ------
@@ -277,31 +278,22 @@ class BalloonDevice(Requests):
             With nothing changed, if the state is malformed or from a device that offered other features or had another
             profile.
         """
-        try:
-            same = (saved["profile"], saved["offered"]) == (self.profile.name, self.offered_features)
-            negotiated, config = int(saved["negotiated"]), bytes.fromhex(saved["config"])
-            hinting, stats, runs = saved["hinting"], saved["stats"], [(int(a), int(n)) for a, n in saved["ballooned"]]
-        except (KeyError, TypeError, ValueError) as error:
-            raise UsageError(f"saved device state is malformed: {error!r}") from error
-        if not same:
+        state = saved if isinstance(saved, SavedDevice) else SavedDevice.from_json(saved)
+        if (state.profile, state.offered) != (self.profile.name, self.offered_features):
             raise UsageError(
-                f"saved state is of a {saved['profile']!r} device offering {saved['offered']!r}, "
-                f"this one is {self.profile.name!r} offering {self.offered_features!r}"
+                f"saved device state is of a {quoted(state.profile)} device offering {state.offered:#x}, "
+                f"this one is {self.profile.name!r} offering {self.offered_features:#x}"
             )
-        if negotiated & ~self.offered_features or len(config) != 16:
-            raise UsageError(
-                "saved device state is malformed: features that were not offered, or a config of wrong size"
-            )
-        for first, pages in runs:
-            if not 0 <= first <= first + pages <= self._ballooned.size * 64:
-                raise UsageError(f"saved device state is malformed: ballooned pages {first}+{pages} are outside RAM")
-        GuestStats().load(stats)  # raises before anything has changed
-        self.hinting.load(hinting)
-        self.stats.load(stats)
-        self.negotiated = negotiated
+        for first, pages in state.ballooned:
+            if self._memory is None or not self._memory.covers(first << PAGE_SHIFT, pages << PAGE_SHIFT):
+                raise UsageError(f"saved device state: ballooned pages {first}+{pages} are outside RAM")
+        self.hinting.load(state.hinting)
+        self.stats.load(state.stats)
+        self.negotiated = state.negotiated
         for offset in (NUM_PAGES, ACTUAL, POISON_VAL):
-            self.config[offset] = int.from_bytes(config[offset : offset + 4], "little")
-        for first, pages in runs:
+            self.config[offset] = int.from_bytes(state.config[offset : offset + 4], "little")
+        self._ballooned[:] = 0
+        for first, pages in state.ballooned:
             bitmap.set_run(self._ballooned, first, pages)
         self._publish()
 

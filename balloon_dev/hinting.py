@@ -12,11 +12,23 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import Enum, auto
+from typing import Any, Self
 
 from balloon_dev.profiles import Profile
+from vring.decode import U32, Fields, Refusal
 from vring.errors import UsageError
 
-__all__ = ["CMD_ID_DONE", "CMD_ID_STOP", "TABLE", "Action", "HintEvent", "HintRun", "HintState", "Transition"]
+__all__ = [
+    "CMD_ID_DONE",
+    "CMD_ID_STOP",
+    "TABLE",
+    "Action",
+    "HintEvent",
+    "HintRun",
+    "HintState",
+    "SavedHints",
+    "Transition",
+]
 
 CMD_ID_STOP = 0
 """Command id 0: stop hinting, keep the pages hinted so far (VIRTIO 5.5.6.5)."""
@@ -89,6 +101,30 @@ def _table() -> dict[tuple[HintState, HintEvent], Transition]:
 TABLE = _table()
 
 
+@dataclass(frozen=True, slots=True)
+class SavedHints:
+    """What a migration carries of a `HintRun`."""
+
+    state: HintState
+    command_id: int
+
+    @classmethod
+    def from_json(cls, value: Any, refusal: Refusal = UsageError) -> Self:
+        """Check what `to_json` returned.
+
+        Raises
+        ------
+        VirtioError
+            What `refusal` makes, if it is malformed.
+        """
+        said = Fields(value, "saved hint state", refusal)
+        return cls(said.choice("state", dict(HintState.__members__)), said.integer("command_id", 0, U32))
+
+    def to_json(self) -> dict[str, int | str]:
+        """Return it as JSON values."""
+        return {"state": self.state.name, "command_id": self.command_id}
+
+
 class HintRun:
     """State of free page hinting in a device.
 
@@ -130,22 +166,10 @@ class HintRun:
             return self.command_id
         return CMD_ID_DONE if self.state is HintState.DONE else CMD_ID_STOP
 
-    def save(self) -> dict[str, int | str]:
+    def save(self) -> SavedHints:
         """Return what a migration carries."""
-        return {"state": self.state.name, "command_id": self.command_id}
+        return SavedHints(self.state, self.command_id)
 
-    def load(self, saved: dict[str, int | str]) -> None:
-        """Take over saved state.
-
-        Raises
-        ------
-        UsageError
-            If it is not what `save` returns.
-        """
-        try:
-            state, command_id = HintState[str(saved["state"])], int(saved["command_id"])
-        except (KeyError, TypeError, ValueError) as error:
-            raise UsageError(f"saved hint state {saved!r} is malformed") from error
-        if not 0 <= command_id <= 0xFFFFFFFF:
-            raise UsageError(f"saved command id {command_id:#x} is not a 32-bit number")
-        self.state, self.command_id = state, command_id
+    def load(self, saved: SavedHints) -> None:
+        """Take over saved state."""
+        self.state, self.command_id = saved.state, saved.command_id

@@ -7,14 +7,16 @@ holds which buffer is the device's business (`balloon_dev.requests`); here are o
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import dataclass
 from enum import IntEnum
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
-from vring.errors import UsageError
+from vring.decode import Fields, Refusal
+from vring.errors import UsageError, quoted
 
-__all__ = ["ENTRY", "MAX_ENTRIES", "STAT_NAMES", "GuestStats", "StatTag"]
+__all__ = ["ENTRY", "MAX_ENTRIES", "STAT_NAMES", "GuestStats", "SavedStats", "StatTag"]
 
 
 class StatTag(IntEnum):
@@ -47,6 +49,34 @@ ENTRY = np.dtype([("tag", "<u2"), ("value", "<u8")])
 """One entry, 10 bytes without padding (balloon.stats-entry; the multiple of 6 in the standard is erratum D3)."""
 MAX_ENTRIES = 256
 """More entries than these in a buffer are not looked at."""
+
+
+@dataclass(frozen=True, slots=True)
+class SavedStats:
+    """What a migration carries of `GuestStats`."""
+
+    values: dict[str, int]
+    updates: int
+
+    @classmethod
+    def from_json(cls, value: Any, refusal: Refusal = UsageError) -> Self:
+        """Check what `to_json` returned.
+
+        Raises
+        ------
+        VirtioError
+            What `refusal` makes, if it is malformed.
+        """
+        said = Fields(value, "saved statistics", refusal)
+        values = said.members("values")
+        unknown = set(values.names) - set(STAT_NAMES.values())
+        if unknown:
+            raise refusal(f"{values.what}: {len(unknown)} unknown names, such as {quoted(min(unknown), 40)}")
+        return cls({name: values.integer(name) for name in values.names}, said.integer("updates"))
+
+    def to_json(self) -> dict[str, Any]:
+        """Return it as JSON values."""
+        return {"values": dict(self.values), "updates": self.updates}
 
 
 class GuestStats:
@@ -93,22 +123,10 @@ class GuestStats:
         self.updates += 1
         return wrong
 
-    def save(self) -> dict[str, Any]:
+    def save(self) -> SavedStats:
         """Return what a migration carries."""
-        return {"values": dict(self.values), "updates": self.updates}
+        return SavedStats(dict(self.values), self.updates)
 
-    def load(self, saved: dict[str, Any]) -> None:
-        """Take over saved figures.
-
-        Raises
-        ------
-        UsageError
-            If they are not what `save` returns.
-        """
-        try:
-            values, updates = {str(k): int(v) for k, v in saved["values"].items()}, int(saved["updates"])
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise UsageError(f"saved statistics are malformed: {error!r}") from error
-        if not values.keys() <= set(STAT_NAMES.values()):
-            raise UsageError(f"saved statistics have unknown names: {sorted(values.keys() - set(STAT_NAMES.values()))}")
-        self.values, self.updates = values, updates
+    def load(self, saved: SavedStats) -> None:
+        """Take over saved figures."""
+        self.values, self.updates = dict(saved.values), saved.updates

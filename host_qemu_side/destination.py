@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
-import re
 import select
 import socket
 import time
@@ -23,19 +22,13 @@ from host_qemu_side.migration.address import Address
 from host_qemu_side.migration.receiver import Receiver
 from host_qemu_side.migration.stream import StreamReader
 from host_qemu_side.python_guest import PythonGuest
+from host_qemu_side.saved import SavedGuest, resume_arguments
 from host_qemu_side.vhost_user import VhostUserBackend
 from vring.errors import PeerVanished, UsageError, VirtioError
 from vring.unix_socket import UnixListener, adopted
 
 __all__ = ["accept", "receive", "resume"]
 
-RESUME_OPTIONS = {
-    "profile": re.compile(r"[a-z]+"),
-    "batch": re.compile(r"[1-9][0-9]{0,3}"),
-    "free_at": re.compile(r"done|stop"),
-    "dirty_log": re.compile(r"auto|wp-async|software"),
-}
-"""Options of the guest that a stream's header carries, and what they may say."""
 SILENCE = 60.0
 """Seconds a source may be silent in the middle of a stream, and a connection before its first word."""
 MOST_WAITING = 16
@@ -271,17 +264,14 @@ def resume(
         If the guest or the device cannot go on.
     """
     assert receiver.memory is not None
-    memory, saved = receiver.memory, receiver.device_state
-    try:
-        state, transport = saved["device"], saved["transport"]
-        device = BalloonDevice(int(state["offered"]), profile=profile_named(str(state["profile"])))
-        bases = {int(r["index"]): int(r["base"]) for r in transport["rings"]}
-        arguments = _resume_arguments(receiver.header.get("resume", {}))
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise UsageError(f"the device state in the stream is malformed: {error!r}") from error
+    assert receiver.header is not None
+    memory, saved = receiver.memory, SavedGuest.from_json(receiver.device_state)
+    device = BalloonDevice(saved.device.offered, profile=profile_named(saved.device.profile))
+    bases = {ring.index: ring.base for ring in saved.transport.rings}
+    arguments = resume_arguments(receiver.header)
     device.discard = CurrentDiscarder(lambda: memory, lambda: bool(device.negotiated & BalloonFeature.MUST_TELL_HOST))
     loop = Loop()
-    backend = VhostUserBackend(device, loop, on_memory=lambda: device.load(state))
+    backend = VhostUserBackend(device, loop, on_memory=lambda: device.load(saved.device))
     guest = None
     try:
         guest = PythonGuest(loop, backend, None, [*arguments, "--bases", json.dumps(bases)], ram=memory.regions[0].fd)
@@ -319,16 +309,6 @@ def resume(
             guest.close()
         backend.close()
         loop.close()
-
-
-def _resume_arguments(wanted: dict[str, Any]) -> list[str]:
-    """Return the guest's command line for what the header asks; it came from outside, so only what is known passes."""
-    found = []
-    for name, value in ((name, str(value)) for name, value in wanted.items()):
-        if name not in RESUME_OPTIONS or RESUME_OPTIONS[name].fullmatch(value) is None:
-            raise ValueError(f"{name} {value!r}")
-        found += [f"--{name.replace('_', '-')}", value]
-    return found
 
 
 def _checked(guest: PythonGuest) -> dict[str, Any]:

@@ -20,7 +20,8 @@ from balloon_dev.oracle import Verdict
 from host_qemu_side.loop import READ, WRITE
 from host_qemu_side.migration import Cancelled, GuestControl, Limits, Migration, MigrationResult
 from host_qemu_side.migration.output import FileOutput, SocketOutput
-from host_qemu_side.migration.stream import Kind, Record, StreamError, check_header
+from host_qemu_side.migration.records import Hello, Ready, Refused, Report
+from host_qemu_side.migration.stream import Kind, Record, StreamError
 from host_qemu_side.vhost_user import VhostUserBackend
 from host_qemu_side.witness import MigrationClock, Witness
 from vring.dirty import DirtyLog
@@ -95,8 +96,8 @@ class Outcome:
     result: MigrationResult
     verdict: Verdict | None = None
     """None where the destination sent no digests."""
-    ready: dict[str, Any] = field(default_factory=dict)
-    """What the destination said when everything had arrived."""
+    ready: Ready | None = None
+    """What the destination said when everything had arrived; a file says nothing."""
     report: dict[str, Any] | None = None
     """What became of the guest there."""
     nonzero_at_start: int = 0
@@ -257,7 +258,7 @@ class MigrationRunner:
             return POLL
         if record.kind is not Kind.HELLO:
             raise StreamError(f"the destination began with {record.kind.name}, not with HELLO")
-        check_header(record.json())
+        Hello.of(record)
         self._loop.unwatch(self._watched)
         self.phase = RunnerPhase.MIGRATE
         return 0.0
@@ -266,7 +267,6 @@ class MigrationRunner:
         if not self.migration.committed:  # then it is the destination's, and this one may end
             self._guest.check_alive()
         wake = self.migration.step(self._clock())
-        self._take_digests()
         if self.migration.finished:
             self._collect()
             self._end()
@@ -295,9 +295,10 @@ class MigrationRunner:
         if record is None:
             return POLL
         if record.kind is Kind.REFUSED:
-            kind = PeerVanished if record.json().get("vanished") is True else StreamError
-            raise kind(f"the guest did not go on at the destination: {record.json().get('why')}")
-        self.outcome.report = record.json()
+            refused = Refused.of(record)
+            kind = PeerVanished if refused.vanished else StreamError
+            raise kind(f"the guest did not go on at the destination: {refused.why}")
+        self.outcome.report = Report.of(record).to_json()
         self._end()
         return 0.0
 
@@ -309,18 +310,9 @@ class MigrationRunner:
             self._loop.watch(self._watched, _nothing, READ)
         return record
 
-    def _take_digests(self) -> None:
-        """Hand digests to the witness as they come: of a large guest there are many."""
-        answers = self.migration.answers
-        while answers and answers[0].kind is Kind.DIGESTS:
-            record = answers.pop(0)
-            if self.witness is not None:
-                self.witness.arrived(np.frombuffer(record.payload, "<u8", len(record.payload) // 8))
-
     def _collect(self) -> None:
-        outcome, witness, answers = self.outcome, self.witness, self.migration.answers
-        if answers:
-            outcome.ready = answers[-1].json()
+        outcome, witness = self.outcome, self.witness
+        outcome.ready = self.migration.ready
         outcome.oracle_seconds = self._clock.excluded
         if witness is None:
             return

@@ -14,7 +14,6 @@ import numpy.typing as npt
 from balloon_dev.device import BalloonDevice
 from balloon_dev.journal import Journal
 from balloon_dev.oracle import Oracle, Verdict
-from host_qemu_side.migration import StreamError
 from vring.contents import digests_of
 from vring.memory import PAGE_SHIFT, GuestMemory
 
@@ -97,25 +96,16 @@ class Witness:
         self.clock.excluded += time.monotonic() - began
 
     def arrived(self, digests: npt.NDArray[np.uint64]) -> None:
-        """Take the next digests of the destination's pages, in order from page 0.
-
-        Raises
-        ------
-        StreamError
-            If there are more than the guest has pages.
-        """
+        """Take the next digests of the destination's pages, see `host_qemu_side.migration.TakesDigests`."""
         if self._destination is None:
-            self._destination = _shared(self.memory.page_span, np.uint64)  # type: ignore[assignment]
+            self._destination = _shared(self.memory.size >> PAGE_SHIFT, np.uint64)  # type: ignore[assignment]
         assert self._destination is not None
-        end = self._arrived + len(digests)
-        if end > len(self._destination):
-            raise StreamError(f"the destination sent digests of {end} pages, there are {len(self._destination)}")
-        self._destination[self._arrived : end] = digests
-        self._arrived = end
+        self._destination[self._arrived : self._arrived + len(digests)] = digests
+        self._arrived += len(digests)
 
     @property
     def destination(self) -> npt.NDArray[np.uint64] | None:
-        """Digests that arrived from the destination, None if none did."""
+        """Digests of the destination's pages of RAM in order, None if none came."""
         return None if self._destination is None else self._destination[: self._arrived]
 
     def close(self) -> None:
@@ -134,9 +124,13 @@ class Witness:
         return int(np.count_nonzero((self.oracle.at_issue != 0) & ~self.oracle.hinted()))
 
     def verdict(self, destination: npt.NDArray[np.uint64]) -> Verdict:
-        """Judge what arrived."""
+        """Judge what arrived: the digest of each page of RAM, in order."""
         ram = np.zeros(self.memory.page_span, np.bool_)
         for region in self.memory.regions:
             ram[region.gpa >> PAGE_SHIFT : region.end >> PAGE_SHIFT] = True
+        if len(destination) == self.memory.size >> PAGE_SHIFT:  # else the oracle says what is missing
+            by_page: npt.NDArray[np.uint64] = np.zeros(self.memory.page_span, np.uint64)
+            by_page[ram] = destination
+            destination = by_page
         last = None if self.journal is None else self.journal.last_epochs()
         return self.oracle.verdict(self.at_pause, destination, last_write=last, ram=ram)

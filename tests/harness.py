@@ -30,7 +30,7 @@ from host_qemu_side.migration import Limits, Migration
 from host_qemu_side.python_guest import CombinedLog
 from host_qemu_side.witness import Witness
 from vring import bitmap
-from vring.contents import digests_of
+from vring.contents import digests_in_order
 from vring.dirty import DirtyLog
 from vring.dirty.software import SoftwareDirtyLog
 from vring.dirty.wp_async import WpAsyncDirtyLog, WriteProtection
@@ -368,7 +368,7 @@ class World:
         if error is None:
             destination.finish()
             assert destination.receiver.memory is not None
-            arrived.verdict = witness.verdict(digests_of(destination.receiver.memory))
+            arrived.verdict = witness.verdict(np.concatenate(list(digests_in_order(destination.receiver.memory))))
         witness.close()
         self.tap.taps = [self.model]
         self.device.tap = self.tap

@@ -6,7 +6,7 @@ from features_pair import ALL, Pair
 
 from balloon_dev.device import BalloonDevice
 from balloon_dev.features import BalloonFeature, QueueRole
-from balloon_dev.stats import ENTRY, MAX_ENTRIES, STAT_NAMES, GuestStats, StatTag
+from balloon_dev.stats import ENTRY, MAX_ENTRIES, STAT_NAMES, SavedStats, StatTag
 from guest_driver.memory_manager import Owner
 from vring.errors import UsageError
 from vring.split import SEG, SEG_WRITE, DeviceQueue
@@ -173,7 +173,7 @@ def test_buffer_survives_save_and_load(pair, held):
 @pytest.mark.parametrize("bad", [None, {}, {"values": {"x": 1}, "updates": 0}, {"values": {"stat-swap-in": "y"}}])
 def test_malformed_saved_statistics(bad):
     with pytest.raises(UsageError, match="saved statistics"):
-        GuestStats().load(bad)
+        SavedStats.from_json(bad)
 
 
 def test_malformed_statistics_change_nothing_of_a_device():

@@ -202,7 +202,7 @@ def test_migration_with_everything_active(tmp_path) -> None:
             print(f"{outcome.verdict}; {dict(done)}; blocks and pages spared in each run of hints: {runs}")
             assert outcome.verdict is not None
             assert outcome.verdict.pages_wrong == 0, outcome.verdict.as_dict()
-            assert outcome.ready["tags"]["ok"]
+            assert outcome.ready.tags.ok
             assert sum(run.blocks for run in outcome.result.hint_runs) > 20
             assert done["pages inflated"] > 1000
             assert done["pages deflated"] > 1000

@@ -10,14 +10,17 @@ import pytest
 
 from host_qemu_side.migration.ram import populated
 from host_qemu_side.migration.receiver import Receiver, ReceiverState
-from host_qemu_side.migration.stream import Kind, Record, StreamError, StreamReader, StreamWriter
+from host_qemu_side.migration.records import Ready
+from host_qemu_side.migration.stream import VERSION, Kind, Record, StreamError, StreamReader, StreamWriter
 from vring import bitmap
 from vring.contents import digests_of
 from vring.errors import MissingFacility
 from vring.memory import GuestMemory
 
 REGIONS = [[0, 64 << 12], [128 << 12, 64 << 12]]
-HEADER = {"version": 1, "page_size": 4096, "hand_over": True, "regions": REGIONS}
+HEADER = {"version": VERSION, "page_size": 4096, "hand_over": True, "regions": REGIONS}
+VALUES = {Kind.END: {"pages": 0, "zero_pages": 0}, Kind.ROUND: {"round": 1}, Kind.CANCEL: {"why": "no"}}
+CONTENT = {Kind.PAGES: {0: b"a"}, Kind.ZERO: [0]}
 
 
 def record(kind, value=None, **header):
@@ -31,7 +34,7 @@ def record(kind, value=None, **header):
     elif kind is Kind.ZERO:
         parts = writer.zeros(np.array(value, np.uint64))
     else:
-        parts = writer.json(kind, {**HEADER, **header} if kind is Kind.HEADER else value or {})
+        parts = writer.json(kind, {**HEADER, **header} if kind is Kind.HEADER else value or VALUES.get(kind, {}))
     for part in parts:
         reader.feed(part)
     return reader.next()
@@ -63,14 +66,14 @@ def test_a_whole_migration():
         record(Kind.ZERO, [0, 129]),
         record(Kind.STATE, {"device": 5}),
     )
-    digests, ready = answers(there.handle(record(Kind.END, {"pages": 4})))
+    *digests, ready = answers(there.handle(record(Kind.END, {"pages": 4, "zero_pages": 2})))
     assert there.state is ReceiverState.READY
     assert there.memory.read(0, 8192) == bytes(4096) + b"d" * 4096
     assert there.memory.read(128 << 12, 4096) == b"c" * 4096
     assert (there.device_state, there.rounds, there.pages, there.zero_pages) == ({"device": 5}, 1, 4, 2)
-    assert ready.json() == {"pages": 4, "zero_pages": 2, "digest_seconds": 0.0}
-    found = np.frombuffer(digests.payload, "<u8")
-    assert np.flatnonzero(found).tolist() == [1, 128]
+    assert Ready.of(ready) == there.ready == Ready(pages=4, zero_pages=2)
+    found = np.concatenate([each.digests(64) for each in digests])
+    assert np.flatnonzero(found).tolist() == [1, 64], "those of RAM, one region after the other"
     there.handle(record(Kind.COMMIT))
     assert there.state is ReceiverState.COMMITTED
     assert there.complete
@@ -83,7 +86,7 @@ def test_zero_pages_take_no_memory():
 
 def test_an_image_needs_no_commit():
     there = receiver(record(Kind.STATE), hand_over=False)
-    there.handle(record(Kind.END, {"pages": 0}))
+    there.handle(record(Kind.END))
     assert there.state is ReceiverState.IMAGE
     assert there.complete
 
@@ -92,7 +95,7 @@ def test_cancelled_at_any_time_but_after_commit():
     there = receiver()
     there.handle(record(Kind.CANCEL, {"why": "changed my mind"}))
     assert (there.state, there.cancelled) == (ReceiverState.CANCELLED, "changed my mind")
-    there = receiver(record(Kind.STATE), record(Kind.END, {"pages": 0}), record(Kind.COMMIT))
+    there = receiver(record(Kind.STATE), record(Kind.END), record(Kind.COMMIT))
     with pytest.raises(StreamError):
         there.handle(record(Kind.CANCEL, {"why": "too late"}))
     assert there.state is ReceiverState.COMMITTED
@@ -102,8 +105,8 @@ EARLIER = {
     ReceiverState.HEADER: None,
     ReceiverState.RAM: [],
     ReceiverState.STATE: [record(Kind.STATE)],
-    ReceiverState.READY: [record(Kind.STATE), record(Kind.END, {"pages": 0})],
-    ReceiverState.COMMITTED: [record(Kind.STATE), record(Kind.END, {"pages": 0}), record(Kind.COMMIT)],
+    ReceiverState.READY: [record(Kind.STATE), record(Kind.END)],
+    ReceiverState.COMMITTED: [record(Kind.STATE), record(Kind.END), record(Kind.COMMIT)],
 }
 MAY_COME = {
     ReceiverState.HEADER: {Kind.HEADER},
@@ -112,7 +115,6 @@ MAY_COME = {
     ReceiverState.READY: {Kind.COMMIT, Kind.CANCEL},
     ReceiverState.COMMITTED: set(),
 }
-VALUES = {Kind.PAGES: {0: b"a"}, Kind.ZERO: [0], Kind.END: {"pages": 0}}
 
 
 @pytest.mark.parametrize("kind", Kind)
@@ -120,7 +122,7 @@ VALUES = {Kind.PAGES: {0: b"a"}, Kind.ZERO: [0], Kind.END: {"pages": 0}}
 def test_what_may_come_when(state, kind):
     """Every record in every state: those that may come, come; the others are refused and change nothing."""
     there = Receiver(clock=lambda: 0.0) if EARLIER[state] is None else receiver(*EARLIER[state])
-    each = record(kind, VALUES.get(kind))
+    each = record(kind, CONTENT.get(kind))
     if kind in MAY_COME[state]:
         there.handle(each)
     else:
@@ -132,7 +134,8 @@ def test_what_may_come_when(state, kind):
 @pytest.mark.parametrize(
     "header",
     [
-        {"version": 2},
+        {"version": 1},
+        {"version": "2"},
         {"page_size": 8192},
         {"regions": []},
         {"regions": None},
@@ -171,7 +174,9 @@ def test_run_of_no_pages():
 def test_pages_that_got_lost():
     there = receiver(record(Kind.PAGES, {0: b"a"}), record(Kind.STATE))
     with pytest.raises(StreamError, match="2 pages, 1 arrived"):
-        there.handle(record(Kind.END, {"pages": 2}))
+        there.handle(record(Kind.END, {"pages": 2, "zero_pages": 0}))
+    with pytest.raises(StreamError, match="7 zero pages, 0 arrived"):
+        there.handle(record(Kind.END, {"pages": 1, "zero_pages": 7}))
 
 
 def test_digests_do_not_allocate():

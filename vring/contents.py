@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 
 import numpy as np
 import numpy.typing as npt
@@ -12,7 +13,7 @@ from vring._vring import lib
 from vring.bitmap import Bitmap
 from vring.memory import PAGE_SHIFT, GuestMemory
 
-__all__ = ["digest_range", "digests_of", "look_again", "populated"]
+__all__ = ["digests_in_order", "digests_of", "look_again", "populated"]
 
 
 def populated(memory: GuestMemory) -> Bitmap:
@@ -69,17 +70,18 @@ def _check(result: int) -> None:
         raise OSError(-result, f"guest memory: {os.strerror(-result)}")
 
 
-def digest_range(memory: GuestMemory, present: Bitmap, first: int, digests: npt.NDArray[np.uint64]) -> None:
-    """Write the digests of pages ``first, first + 1, ...`` into `digests`, as many as it has room for.
-
-    Pages that are not RAM get 0, and so do those that are clear in `present`, which are not read.
+def digests_in_order(memory: GuestMemory, most: int = 1 << 17) -> Iterator[npt.NDArray[np.uint64]]:
+    """Yield the digests of all pages of RAM in ascending order, at most `most` at a time; holes between regions have
+    none, holes of a sparse object 0 and are not read.
     """
-    digests[:] = 0
+    present = populated(memory)
     for region in memory.regions:
-        start, end = max(first, region.gpa >> PAGE_SHIFT), min(first + len(digests), region.end >> PAGE_SHIFT)
-        if start < end:
-            address = memory.host_address(start << PAGE_SHIFT, (end - start) << PAGE_SHIFT)
-            bitmap.digest_pages(address, end - start, digests[start - first : end - first], present, start)
+        first, pages = region.gpa >> PAGE_SHIFT, region.size >> PAGE_SHIFT
+        for at in range(0, pages, most):
+            digests = np.zeros(min(most, pages - at), np.uint64)
+            address = memory.host_address(region.gpa + (at << PAGE_SHIFT), len(digests) << PAGE_SHIFT)
+            bitmap.digest_pages(address, len(digests), digests, present, first + at)
+            yield digests
 
 
 def digests_of(memory: GuestMemory, out: npt.NDArray[np.uint64] | None = None) -> npt.NDArray[np.uint64]:

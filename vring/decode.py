@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 from vring.errors import UsageError, VirtioError, quoted
 
-__all__ = ["DECODER", "MAX_DEPTH", "U16", "U32", "U64", "Fields", "check_value", "parse_json", "visible"]
+__all__ = ["DECODER", "MAX_DEPTH", "U16", "U32", "U64", "Fields", "Refusal", "check_value", "parse_json", "visible"]
 
 MAX_DEPTH = 32
 """Objects and lists within each other; nothing this project says has more than six."""
@@ -24,6 +24,7 @@ MAX_DIGITS = 20
 U16, U32, U64 = (1 << 16) - 1, (1 << 32) - 1, (1 << 64) - 1
 T = TypeVar("T")
 Refusal = Callable[[str], VirtioError]
+"""Makes the error from its text: the class of who is at fault."""
 
 
 def _no_constant(text: str) -> float:

@@ -24,6 +24,7 @@ from vring.mmio_registers import (
     Register,
     register_name,
 )
+from vring.mmio_saved import SavedRegisters
 
 __all__ = ["TRANSPORT_FEATURES", "VENDOR_ID", "WINDOW_BYTES", "MmioDevice"]
 
@@ -182,12 +183,8 @@ class MmioDevice(MmioCore):
         """Return the registers for a migration; the device's own state is the device's to save. Call it while held."""
         if self._busy:
             raise UsageError("the registers cannot be saved while a queue is being served")
-        return {
-            "status": int(self.status),
-            "features": self.driver_features,
-            "selected": dict(self._selected),
-            "queues": [queue.save(self.device) for queue in self.queues],
-        }
+        queues = tuple(queue.save(self.device) for queue in self.queues)
+        return SavedRegisters(int(self.status), self.driver_features, dict(self._selected), queues).to_json()
 
     def load(self, saved: dict[str, Any]) -> None:
         """Take over what `save` returned, after the device has loaded its state and RAM is there.
@@ -198,30 +195,32 @@ class MmioDevice(MmioCore):
         Raises
         ------
         UsageError
-            If it is malformed, or from a device with other features or queues; the device is reset then.
+            If it is malformed, or from a device with other features or queues; the device is reset then, and held only
+            if it was. Also if it is asked for while a queue is being served; then nothing has changed.
         """
+        if self._busy:
+            raise UsageError("registers cannot be loaded while a queue is being served")
+        held = self.held
         try:
-            self._load(saved)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            self._load(SavedRegisters.from_json(saved))
+        except VirtioError:
+            self.held = held
             self.reset()
-            why = error if isinstance(error, UsageError) else UsageError(f"saved registers are malformed: {error!r}")
-            raise why from error
+            raise
 
-    def _load(self, saved: dict[str, Any]) -> None:
-        features, queues = int(saved["features"]), saved["queues"]
-        status = Status(int(saved["status"])) & (FROM_DRIVER | Status.DEVICE_NEEDS_RESET)
-        selected = {name: int(saved["selected"][name]) for name in self._selected}
-        if len(queues) != len(self.queues) or features < 0 or min(selected.values()) < 0:
-            raise UsageError(f"saved registers are of a device with {len(queues)} queues, not {len(self.queues)}")
+    def _load(self, saved: SavedRegisters) -> None:
+        if len(saved.queues) != len(self.queues):
+            raise UsageError(f"saved registers are of a device with {len(saved.queues)} queues, not {len(self.queues)}")
+        status = Status(saved.status) & (FROM_DRIVER | Status.DEVICE_NEEDS_RESET)
         for queue in self.queues:
             self._stop(queue)
         self._clear()
         self.held = True
-        self.driver_features, self._selected = features, selected
-        for queue, state in zip(self.queues, queues, strict=True):
+        self.driver_features, self._selected = saved.features, dict(saved.selected)
+        for queue, state in zip(self.queues, saved.queues, strict=True):
             queue.load(state)
         if status & SETTLED and not self._settle_features():
-            raise UsageError(f"saved features {features:#x}, this device offers {self.offered_features:#x}")
+            raise UsageError(f"saved features {saved.features:#x}, this device offers {self.offered_features:#x}")
         self.status = status
         for queue in self.queues:
             self._start(queue)

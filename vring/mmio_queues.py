@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 from vring.device import Device
-from vring.errors import DriverError, UsageError
+from vring.errors import DriverError
 from vring.features import CommonFeature
 from vring.memory import GuestMemory
+from vring.mmio_saved import SavedQueue
 from vring.split import DeviceQueue, QueueLayout
 
 __all__ = ["QueueRegisters"]
-
-_SAVED = ("size", "desc", "avail", "used", "base")
 
 
 @dataclass(slots=True)
@@ -92,28 +90,19 @@ class QueueRegisters:
             return self.base
         return self.ring.next_avail - device.held_buffers(self.index) & 0xFFFF
 
-    def save(self, device: Device) -> dict[str, Any]:
+    def save(self, device: Device) -> SavedQueue:
         """Return the registers for a migration."""
-        saved: dict[str, Any] = {name: getattr(self, name) for name in _SAVED}
-        return saved | {"base": self.next_base(device), "ready": self.ready, "broken": self.broken}
+        base = self.next_base(device)
+        return SavedQueue(self.size, self.desc, self.avail, self.used, base, self.ready, self.broken)
 
-    def load(self, saved: dict[str, Any]) -> None:
-        """Take over what `save` returned.
-
-        Raises
-        ------
-        UsageError
-            If it is malformed.
-        """
-        try:
-            values = {name: int(saved[name]) for name in _SAVED}
-            ready, broken = bool(saved["ready"]), bool(saved["broken"])
-        except (KeyError, TypeError, ValueError) as error:
-            raise UsageError(f"saved queue is malformed: {error!r}", queue=self.index) from error
-        for name, value in values.items():
-            if not 0 <= value < 1 << {"size": 32, "base": 16}.get(name, 64):
-                raise UsageError(f"saved queue is malformed: {name} is {value}", queue=self.index)
+    def load(self, saved: SavedQueue) -> None:
+        """Take over what `save` returned."""
         self.clear()
-        for name, value in values.items():
-            setattr(self, name, value)
-        self.ready, self.broken = ready, broken
+        self.size, self.desc, self.avail, self.used, self.base = (
+            saved.size,
+            saved.desc,
+            saved.avail,
+            saved.used,
+            saved.base,
+        )
+        self.ready, self.broken = saved.ready, saved.broken

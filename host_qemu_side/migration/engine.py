@@ -29,9 +29,11 @@ from host_qemu_side.migration.interfaces import (
     Output,
     Phase,
     Round,
+    TakesDigests,
 )
 from host_qemu_side.migration.ram import RamState
-from host_qemu_side.migration.stream import MAX_PAGES, VERSION, Kind, Record, StreamError, StreamWriter
+from host_qemu_side.migration.records import Cancel, End, Header, Ready, Refused, RoundEnd, State
+from host_qemu_side.migration.stream import MAX_PAGES, Kind, Record, StreamError, StreamWriter
 from vring import bitmap
 from vring.dirty import DirtyLog, DirtyLogVoid, LearnsWhatWasSent
 from vring.errors import PeerVanished, VirtioError
@@ -60,7 +62,7 @@ class Migration:
     limits
         Bandwidth, downtime, rounds.
     header
-        What the destination has to know before RAM: JSON values.
+        What the destination has to know before RAM, see `host_qemu_side.migration.records.Header`: JSON values.
     state
         Called when the guest is frozen and DONE was said; returns the device state to send, JSON values.
     observer
@@ -94,8 +96,8 @@ class Migration:
         self.committed = False
         """Whether the guest is the destination's, whatever came after; it never goes on here then."""
         self.result = MigrationResult()
-        self.answers: list[Record] = []
-        """Records the destination sent before READY, READY itself last."""
+        self.ready: Ready | None = None
+        """What the destination said when everything had arrived."""
         self.frozen = False
         if hints is not None and not log.hints_safe:
             self.hints, self.result.hints_refused = (
@@ -103,7 +105,9 @@ class Migration:
                 f"the dirty log {log.name!r} cannot see a same-content rewrite",
             )
         self._learner = log if isinstance(log, LearnsWhatWasSent) else None
-        self._header, self._state = header or {}, state
+        self._header = Header.describing(((r.gpa, r.size) for r in memory.regions), hand_over, header or {})
+        self._state = state
+        self._digests_left = memory.size // PAGE_SIZE
         self._writer = StreamWriter()
         self._ram: RamState | None = None
         self._round = Round()
@@ -183,7 +187,7 @@ class Migration:
                 steps += [self._forget_hints, self.hints.done]
             if self.frozen:
                 steps.append(self._thaw)
-            steps += [lambda: self.output.send(self._writer.json(Kind.CANCEL, {"why": str(error)})), self.output.flush]
+            steps += [lambda: self.output.send(self._writer.say(Cancel(str(error)))), self.output.flush]
         for step in steps:  # each one whatever became of those before it: a log that fails must not cost the guest
             with contextlib.suppress(VirtioError, OSError):  # the first error is the one to tell
                 step()
@@ -211,9 +215,7 @@ class Migration:
         self.log.stop()
 
     def _setup(self) -> Generator[float, None, None]:
-        header = {**self._header, "version": VERSION, "page_size": PAGE_SIZE, "hand_over": self.hand_over}
-        header["regions"] = [[r.gpa, r.size] for r in self.memory.regions]
-        self._queue(self._writer.json(Kind.HEADER, header))
+        self._queue(self._writer.say(self._header))
         yield from self._drain()
         if self.log.needs_frozen_guest:
             self._freeze()
@@ -286,7 +288,7 @@ class Migration:
             self._end_run()
             if self.observer is not None:
                 self.observer.hints_end()
-        self._queue(self._writer.json(Kind.ROUND, {"round": next_round}))
+        self._queue(self._writer.say(RoundEnd(next_round)))
         since = self._now
         if self.log.needs_frozen_guest:
             self._freeze()
@@ -329,9 +331,9 @@ class Migration:
         """Return the seconds the destination took for digests, which only an oracle wants."""
         extra = 0.0
         self._enter(Phase.HANDOVER)
-        self._queue(self._writer.json(Kind.STATE, self._state()))
+        self._queue(self._writer.say(State(self._state())))
         pages = self.result.pages()
-        self._queue(self._writer.json(Kind.END, {"pages": pages["normal"], "zero_pages": pages["zero"]}))
+        self._queue(self._writer.say(End(pages["normal"], pages["zero"] - self.result.pages_hole)))
         yield from self._drain()
         if self.output.two_way:
             deadline = self._now + self.limits.answer
@@ -343,12 +345,15 @@ class Migration:
                     yield self._now + 0.002
                     continue
                 if record.kind is Kind.REFUSED:
-                    raise StreamError(f"the destination refused: {record.json().get('why')}")
-                self.answers.append(record)
-                if record.kind is Kind.READY:
-                    extra = float(record.json().get("digest_seconds", 0.0))
-                    break
-                yield self._now  # whoever wants it takes it from `answers` before the next one comes
+                    raise StreamError(f"the destination refused: {Refused.of(record).why}")
+                if record.kind is Kind.DIGESTS:
+                    self._take_digests(record)
+                    yield self._now
+                    continue
+                self.ready = Ready.of(record)
+                self._check_digests()
+                extra = self.ready.digest_seconds
+                break
         if not self.hand_over:
             self.output.finish()
         elif self.output.two_way:
@@ -366,6 +371,18 @@ class Migration:
             self.committed = True
             self._enter(Phase.COMMITTED)
         return extra
+
+    def _take_digests(self, record: Record) -> None:
+        digests = record.digests(self._digests_left)
+        self._digests_left -= len(digests)
+        if isinstance(self.observer, TakesDigests):
+            self.observer.arrived(digests)
+
+    def _check_digests(self) -> None:
+        """All or none: who does not judge wants none."""
+        pages = self.memory.size // PAGE_SIZE
+        if 0 < self._digests_left < pages:
+            raise StreamError(f"the destination sent digests of all but {self._digests_left} of {pages} pages")
 
     # -- parts ----------------------------------------------------------------------------------------------------
 
@@ -467,5 +484,5 @@ class Migration:
         """See whether the destination has given up; it has nothing else to say before all has arrived."""
         if self.phase is not Phase.HANDOVER and (record := self.output.answer()) is not None:
             if record.kind is Kind.REFUSED:
-                raise StreamError(f"the destination refused: {record.json().get('why')}")
+                raise StreamError(f"the destination refused: {Refused.of(record).why}")
             raise StreamError(f"the destination sent a {record.kind.name} record in the middle of the stream")

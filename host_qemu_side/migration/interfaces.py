@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from enum import Enum
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -25,6 +25,7 @@ __all__ = [
     "Output",
     "Phase",
     "Round",
+    "TakesDigests",
 ]
 
 U64 = npt.NDArray[np.uint64]
@@ -116,6 +117,17 @@ class Observer(Protocol):
 
     def frozen(self) -> None:
         """The guest is frozen for the last round; RAM is as the destination must get it."""
+
+
+@runtime_checkable
+class TakesDigests(Protocol):
+    """An `Observer` that holds the destination's pages against the source's."""
+
+    def arrived(self, digests: npt.NDArray[np.uint64]) -> None:
+        """Take the next digests: of the pages of RAM in ascending order, those between two regions left out.
+
+        All come before the guest is handed over, or none.
+        """
 
 
 @dataclass(frozen=True, slots=True)

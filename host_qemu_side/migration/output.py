@@ -13,13 +13,16 @@ import tempfile
 from collections import deque
 from collections.abc import Sequence
 
-from host_qemu_side.migration.stream import Record, StreamReader
-from vring.errors import NAMED_WRONG, MissingFacility, PeerVanished, UsageError
+from host_qemu_side.migration.records import Refused
+from host_qemu_side.migration.stream import Kind, Record, StreamReader
+from vring.errors import NAMED_WRONG, MissingFacility, PeerVanished, UsageError, VirtioError
 
 __all__ = ["FileOutput", "SocketOutput", "try_name"]
 
 IOV = 64
 SEND_BUFFER = 4 << 20
+LAST_WORDS = 64
+"""Records of a destination that is gone in which a reason is looked for."""
 MODE = 0o600
 BEGIN, PARTIAL = ".balloon-", ".partial"
 
@@ -79,10 +82,12 @@ class SocketOutput:
         return True
 
     def _last_words(self) -> str:
-        with contextlib.suppress(Exception):
-            while (record := self.answer()) is not None:
-                if "why" in record.json():
-                    return f"; it said: {record.json()['why']}"
+        with contextlib.suppress(VirtioError):
+            for _ in range(LAST_WORDS):
+                if (record := self.answer()) is None:
+                    break
+                if record.kind is Kind.REFUSED:
+                    return f"; it said: {Refused.of(record).why}"
         return ""
 
     def answer(self) -> Record | None:

@@ -7,23 +7,22 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from enum import Enum
 from typing import Any
 
-import numpy as np
-
 from host_qemu_side.discard import punch_hole
-from host_qemu_side.migration.stream import VERSION, Kind, Record, StreamError, StreamWriter, check_header
-from vring.contents import digest_range, populated
+from host_qemu_side.migration.records import Cancel, End, Header, Hello, Ready, Refused, Report, RoundEnd, State
+from host_qemu_side.migration.stream import MAX_DIGESTS, Kind, Record, StreamError, StreamWriter
+from vring.contents import digests_in_order
 from vring.errors import MissingFacility, UsageError
-from vring.memory import PAGE_SHIFT, PAGE_SIZE, GuestMemory
+from vring.memory import PAGE_SHIFT, Backing, GuestMemory, Region
 
 __all__ = ["Receiver", "ReceiverState"]
 
-DIGESTS_PER_RECORD = 1 << 17
-MAX_ADDRESS = PAGE_SIZE << 32
-"""Page numbers have 32 bits in the stream; arrays here are as long as the highest one."""
+CLEARED = 1 << 20
+"""Bytes of an embedder's buffer that are looked at, and zeroed if need be, at a time."""
 
 
 class ReceiverState(Enum):
@@ -45,10 +44,16 @@ class Receiver:
     ----------
     name
         Of the memory object, shown in ``/proc/PID/maps``.
+    memory
+        RAM to receive into, of exactly the regions that the source has; what is in it is dropped. None: it is made,
+        fresh and sparse. Either way it is the caller's to close.
     digests
         Whether to send the digest of every page before READY, for an oracle at the source.
+    on_header
+        Told what the source says of its guest, before there is any memory for it; what it raises refuses the guest.
     inspect
-        Called with the complete memory; what it returns goes into READY. JSON values.
+        Called when all has arrived; what it returns goes into READY, whose counts are filled in here. What it raises
+        refuses the guest.
     clock
         Tells how long the digests took, seconds: the source does not count that as downtime.
     """
@@ -57,29 +62,33 @@ class Receiver:
         self,
         name: str = "migrated-ram",
         *,
+        memory: GuestMemory | None = None,
         digests: bool = True,
-        inspect: Callable[[Receiver], dict[str, Any]] = lambda receiver: {},
+        on_header: Callable[[Header], None] = lambda header: None,
+        inspect: Callable[[Receiver], Ready] = lambda receiver: Ready(),
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.state = ReceiverState.HEADER
-        self.header: dict[str, Any] = {}
-        self.device_state: dict[str, Any] = {}
-        self.memory: GuestMemory | None = None
+        self.header: Header | None = None
+        self.device_state: Mapping[str, Any] = {}
+        """What the source said in STATE; `host_qemu_side.saved.SavedGuest` decodes that of this project's guests."""
+        self.memory = memory
         self.pages = 0
         self.zero_pages = 0
         self.rounds = 0
         self.cancelled: str | None = None
-        self.inspected: dict[str, Any] = {}
-        """What `inspect` returned."""
+        self.ready: Ready | None = None
+        """What was said when all had arrived."""
         self.writer = StreamWriter()
         self._name = name
         self._digests = digests
+        self._on_header = on_header
         self._inspect = inspect
         self._clock = clock
 
     def hello(self) -> list[bytes | memoryview]:
         """Return the record that tells a source that somebody is there."""
-        return self.writer.json(Kind.HELLO, {"version": VERSION})
+        return self.writer.say(Hello())
 
     def handle(self, record: Record) -> list[bytes | memoryview]:
         """Let one record take effect; return buffers to answer with.
@@ -87,49 +96,56 @@ class Receiver:
         Raises
         ------
         StreamError
-            If the record cannot come here or names pages outside RAM.
+            If the record cannot come here, says what cannot be, or names pages outside RAM.
+        MissingFacility
+            If this machine has no memory for it.
         """
         kind = record.kind
         if self.state is ReceiverState.HEADER:
             if kind is not Kind.HEADER:
                 raise StreamError(f"the stream begins with {kind.name}, not with a header")
-            self._begin(record.json())
+            self._begin(Header.of(record))
             return []
         if kind is Kind.CANCEL and self.state is not ReceiverState.COMMITTED:
-            self.state, self.cancelled = ReceiverState.CANCELLED, str(record.json().get("why"))
+            self.cancelled, self.state = Cancel.of(record).why, ReceiverState.CANCELLED
             return []
         if self.state is ReceiverState.RAM and kind in (Kind.PAGES, Kind.ZERO):
             self._ram(record)
             return []
         if self.state is ReceiverState.RAM and kind is Kind.ROUND:
+            RoundEnd.of(record)
             self.rounds += 1
             return []
         if self.state is ReceiverState.RAM and kind is Kind.STATE:
-            self.device_state, self.state = record.json(), ReceiverState.STATE
+            self.device_state, self.state = State.of(record).members, ReceiverState.STATE
             return []
         if self.state is ReceiverState.STATE and kind is Kind.END:
-            return self._end(record.json())
+            return self._end(End.of(record))
         if self.state is ReceiverState.READY and kind is Kind.COMMIT:
             self.state = ReceiverState.COMMITTED
             return []
         raise StreamError(f"a {kind.name} record cannot come while {self.state.value}")
 
-    def _begin(self, header: dict[str, Any]) -> None:
-        check_header(header)
-        try:
-            regions = [(int(gpa), int(size)) for gpa, size in header["regions"]]
-            if header["page_size"] != PAGE_SIZE:
-                raise StreamError(f"the stream's pages have {header['page_size']} bytes, this program's {PAGE_SIZE}")
-            if any(gpa + size > MAX_ADDRESS for gpa, size in regions):
-                raise StreamError(f"the header names RAM past {MAX_ADDRESS:#x}, where no record could put a page")
-            self.memory = GuestMemory.create(regions, name=self._name)
-        except (KeyError, TypeError, ValueError, OverflowError, UsageError) as error:
-            raise StreamError(f"the header's memory layout makes no sense: {error}") from error
-        except OSError as error:
-            raise StreamError(
-                f"cannot make {sum(s for _, s in regions)} bytes of guest memory: {error.strerror}"
-            ) from error
+    def _begin(self, header: Header) -> None:
+        self._on_header(header)
+        if self.memory is None:
+            self.memory = self._made(header)
+        else:
+            here = tuple((region.gpa, region.size) for region in self.memory.regions)
+            if here != header.regions:
+                raise StreamError(
+                    f"the stream is of a guest with RAM at {_layout(header.regions)}, here is {_layout(here)}"
+                )
+            for region in self.memory.regions:
+                self._zero(region.gpa, region.size)
         self.header, self.state = header, ReceiverState.RAM
+
+    def _made(self, header: Header) -> GuestMemory:
+        try:
+            return GuestMemory.create(header.regions, name=self._name)
+        except (OSError, OverflowError, MemoryError, UsageError) as error:
+            why = getattr(error, "strerror", None) or error
+            raise MissingFacility(f"cannot make {header.size} bytes of guest memory: {why}") from error
 
     def _ram(self, record: Record) -> None:
         assert self.memory is not None
@@ -147,56 +163,79 @@ class Receiver:
                 self._zero(gpa, size)
                 self.zero_pages += count
 
-    def _places(self, gpa: int, size: int) -> Iterator[tuple[int, int, int]]:
-        """Yield (descriptor, offset in it, bytes) of a range of RAM."""
-        assert self.memory is not None
-        for index, start, length in self.memory.pieces(gpa, size):
-            region = self.memory.regions[index]
-            yield region.fd, start + region.offset, length
-
     def _store(self, gpa: int, content: memoryview) -> None:
         """Write pages by descriptor: half the time of storing through the mapping, which faults at each fresh page."""
+        assert self.memory is not None
         try:
-            for fd, offset, size in self._places(gpa, len(content)):
+            for index, start, size in self.memory.pieces(gpa, len(content)):
+                region = self.memory.regions[index]
                 piece, content = content[:size], content[size:]
+                if not _by_descriptor(region):
+                    self.memory.view(region.gpa + start, size)[:] = piece
+                    continue
+                offset = region.offset + start
                 while piece:
-                    done = os.pwrite(fd, piece, offset)
+                    done = os.pwrite(region.fd, piece, offset)
                     piece, offset = piece[done:], offset + done
         except OSError as error:
             raise MissingFacility(f"no room for the guest's memory: {error.strerror}") from error
 
     def _zero(self, gpa: int, size: int) -> None:
-        """Zero pages take no memory: they become holes again."""
-        for piece in self._places(gpa, size):
-            punch_hole(*piece)
-
-    def _end(self, sums: dict[str, Any]) -> list[bytes | memoryview]:
+        """Zero pages take no memory: they become holes again, where a descriptor allows that."""
         assert self.memory is not None
-        if sums.get("pages") != self.pages:
-            raise StreamError(f"the source sent {sums.get('pages')} pages, {self.pages} arrived")
+        try:
+            for index, start, length in self.memory.pieces(gpa, size):
+                region = self.memory.regions[index]
+                if not _by_descriptor(region):
+                    self._clear(index, start, length)
+                else:
+                    punch_hole(region.fd, region.offset + start, length)
+        except OSError as error:
+            raise MissingFacility(f"cannot drop pages of the guest's memory: {error.strerror}") from error
+
+    def _clear(self, index: int, start: int, length: int) -> None:
+        """Zero a range of a buffer; what is zero is only read, which takes no memory of a fresh mapping."""
+        assert self.memory is not None
+        for at in range(start, start + length, CLEARED):
+            piece = self.memory.arrays[index][at : min(at + CLEARED, start + length)]
+            if piece.any():
+                piece[:] = 0
+
+    def _end(self, sent: End) -> list[bytes | memoryview]:
+        assert self.memory is not None
+        for what, there, here in (("pages", sent.pages, self.pages), ("zero pages", sent.zero_pages, self.zero_pages)):
+            if there != here:
+                raise StreamError(f"the source sent {there} {what}, {here} arrived")
         answer: list[bytes | memoryview] = []
         began = self._clock()
         if self._digests:
-            present = populated(self.memory)
-            for at in range(0, self.memory.page_span, DIGESTS_PER_RECORD):
-                digests = np.empty(min(DIGESTS_PER_RECORD, self.memory.page_span - at), np.uint64)
-                digest_range(self.memory, present, at, digests)
+            for digests in digests_in_order(self.memory, MAX_DIGESTS):
                 answer += self.writer.digests(digests)
-        self.inspected = self._inspect(self)
-        facts = {"pages": self.pages, "zero_pages": self.zero_pages, "digest_seconds": self._clock() - began}
-        answer += self.writer.json(Kind.READY, {**self.inspected, **facts})
-        self.state = ReceiverState.READY if self.header.get("hand_over") else ReceiverState.IMAGE
+        found, took = self._inspect(self), self._clock() - began
+        self.ready = replace(found, pages=self.pages, zero_pages=self.zero_pages, digest_seconds=took)
+        answer += self.writer.say(self.ready)
+        assert self.header is not None
+        self.state = ReceiverState.READY if self.header.hand_over else ReceiverState.IMAGE
         return answer
 
     def refuse(self, why: str, *, vanished: bool = False) -> list[bytes | memoryview]:
         """Return the record that tells the source what is wrong, and whether it is that the guest died here."""
-        return self.writer.json(Kind.REFUSED, {"why": why, "vanished": vanished})
+        return self.writer.say(Refused(why, vanished))
 
-    def report(self, facts: dict[str, Any]) -> list[bytes | memoryview]:
+    def report(self, found: Report) -> list[bytes | memoryview]:
         """Return the record that tells the source what became of the guest."""
-        return self.writer.json(Kind.REPORT, facts)
+        return self.writer.say(found)
 
     @property
     def complete(self) -> bool:
         """Whether nothing more is expected."""
         return self.state in (ReceiverState.COMMITTED, ReceiverState.IMAGE, ReceiverState.CANCELLED)
+
+
+def _by_descriptor(region: Region) -> bool:
+    """Whether pages can be written and dropped through the region's descriptor: not those of hugetlbfs."""
+    return region.fd >= 0 and region.backing is not Backing.HUGETLB
+
+
+def _layout(regions: tuple[tuple[int, int], ...]) -> str:
+    return ", ".join(f"{gpa:#x}+{size:#x}" for gpa, size in regions)

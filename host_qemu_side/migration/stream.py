@@ -13,24 +13,40 @@ import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 import xxhash
 
-from vring.errors import VirtioError
+from vring.errors import UsageError, VirtioError
 
-__all__ = ["MAGIC", "MAX_PAGES", "VERSION", "Kind", "Record", "StreamError", "StreamReader", "StreamWriter"]
+__all__ = [
+    "LIMITS",
+    "MAGIC",
+    "MAX_ADDRESS",
+    "MAX_PAGES",
+    "VERSION",
+    "Kind",
+    "Record",
+    "StreamError",
+    "StreamReader",
+    "StreamWriter",
+]
 
 MAGIC = b"VBALMIG\n"
-VERSION = 1
+VERSION = 2
 PAGE = 4096
+MAX_ADDRESS = PAGE << 32
+"""First guest address that has no page number here: those have 32 bits."""
 MAX_PAGES = 256
 """Pages in one PAGES record: 1 MiB, so that the hint queue is served at least every 1 MiB."""
+MAX_ZEROS = 1 << 16
+"""Pages in one ZERO record."""
+MAX_DIGESTS = 1 << 17
+"""Digests in one DIGESTS record."""
 _HEADER = struct.Struct("<HHIQQ")
 HEADER_SIZE = _HEADER.size
-MAX_PAYLOAD = 64 << 20
 _RUN = np.dtype([("first", "<u4"), ("count", "<u4")])
 _PAGES = struct.Struct("<II")
 
@@ -63,11 +79,25 @@ class Kind(IntEnum):
     READY = 16
     """JSON, from the receiver: everything arrived."""
     DIGESTS = 17
-    """From the receiver: digest of each page (uint64), a piece at a time, before READY."""
+    """From the receiver: digest of each page of RAM (uint64), ascending, a piece at a time, before READY. What lies
+    between two regions has none."""
     REPORT = 18
     """JSON, from the receiver: what became of the guest."""
     REFUSED = 19
     """JSON, from the receiver: what is wrong."""
+
+
+_SMALL = 1 << 16
+LIMITS = {
+    **dict.fromkeys(Kind, _SMALL),
+    Kind.PAGES: _PAGES.size + MAX_PAGES * (_RUN.itemsize + PAGE),
+    Kind.ZERO: _PAGES.size + MAX_ZEROS * _RUN.itemsize,
+    Kind.STATE: 16 << 20,
+    Kind.COMMIT: 0,
+    Kind.DIGESTS: MAX_DIGESTS * 8,
+}
+"""Bytes that the payload of each kind of record may have. STATE has a pair of numbers for each run of ballooned pages;
+sixteen MiB are more than a million."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,21 +107,25 @@ class Record:
     kind: Kind
     payload: memoryview
 
-    def json(self) -> dict[str, Any]:
-        """Parse a JSON payload.
+    def digests(self, left: int) -> npt.NDArray[np.uint64]:
+        """Parse the payload of a DIGESTS record.
+
+        Parameters
+        ----------
+        left
+            Pages whose digests have not come yet.
 
         Raises
         ------
         StreamError
-            If it is not a JSON object.
+            If it is made of no whole numbers, or of more than those.
         """
-        try:
-            value = json.loads(bytes(self.payload))
-        except ValueError as error:
-            raise StreamError(f"{self.kind.name} record: not JSON: {error}") from error
-        if not isinstance(value, dict):
-            raise StreamError(f"{self.kind.name} record: not a JSON object")
-        return value
+        count, rest = divmod(len(self.payload), 8)
+        if rest or not count or count > left:
+            raise StreamError(
+                f"{self.kind.name} record of {len(self.payload)} bytes, where digests of {left} pages are missing"
+            )
+        return np.frombuffer(self.payload, "<u8", count)
 
     def runs(self) -> tuple[npt.NDArray[Any], memoryview]:
         """Parse the runs of a PAGES or ZERO record; return them (fields ``first``, ``count``) and the contents.
@@ -111,8 +145,11 @@ class Record:
                 f"{self.kind.name} record: {n_runs} runs, {n_pages} pages do not fit {len(self.payload)} bytes"
             )
         runs = np.frombuffer(self.payload, dtype=_RUN, count=n_runs, offset=_PAGES.size)
-        if int(runs["count"].sum(dtype=np.uint64)) != n_pages:
+        first, count = runs["first"].astype(np.uint64), runs["count"].astype(np.uint64)
+        if int(count.sum()) != n_pages:
             raise StreamError(f"{self.kind.name} record: its runs do not add up to {n_pages} pages")
+        if not n_pages or not count.all() or (first[1:] < (first + count)[:-1]).any():
+            raise StreamError(f"{self.kind.name} record: its runs are not ascending, or one has no pages")
         return runs, self.payload[body:]
 
 
@@ -132,6 +169,17 @@ def _to_runs(pages: npt.NDArray[np.uint64]) -> npt.NDArray[Any]:
     return runs
 
 
+class Says(Protocol):
+    """What becomes a JSON record."""
+
+    @property
+    def kind(self) -> Kind:
+        """Of the record."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Return its payload."""
+
+
 class StreamWriter:
     """Turns what is to be sent into bytes: each method returns buffers to send, in order."""
 
@@ -146,8 +194,24 @@ class StreamWriter:
         return [*([MAGIC] if first else []), header, *payload]
 
     def json(self, kind: Kind, value: dict[str, Any]) -> list[bytes | memoryview]:
-        """Return a record with a JSON payload."""
-        return self._record(kind, json.dumps(value, separators=(",", ":")).encode())
+        """Return a record with a JSON payload.
+
+        Raises
+        ------
+        UsageError
+            If these are no JSON values, or more than a record of this kind holds.
+        """
+        try:
+            payload = json.dumps(value, separators=(",", ":"), allow_nan=False).encode()
+        except (TypeError, ValueError, RecursionError) as error:
+            raise UsageError(f"{kind.name} record: these are no JSON values: {error}") from error
+        if len(payload) > LIMITS[kind]:
+            raise UsageError(f"{kind.name} record: {len(payload)} bytes of JSON, it holds {LIMITS[kind]}")
+        return self._record(kind, payload)
+
+    def say(self, what: Says) -> list[bytes | memoryview]:
+        """Return the record of a value of `host_qemu_side.migration.records`."""
+        return self.json(what.kind, what.to_json())
 
     def pages(self, pages: npt.NDArray[np.uint64], contents: memoryview) -> list[bytes | memoryview]:
         """Return a record of ascending pages with their contents one after another.
@@ -245,7 +309,7 @@ class StreamReader:
             if self._have < magic + HEADER_SIZE:
                 return None
             kind, flags, sequence, length, checksum = _HEADER.unpack_from(self._take(magic + HEADER_SIZE), magic)
-            if flags or length > MAX_PAYLOAD or kind not in Kind.__members__.values():
+            if flags or length > LIMITS.get(kind, -1):
                 raise StreamError(
                     f"stream damaged at record {self._sequence}: type {kind}, flags {flags}, {length} bytes",
                     index=self._sequence,
@@ -276,15 +340,3 @@ class StreamReader:
     def position(self) -> str:
         """Where the reader is, for messages."""
         return f"after record {self._sequence - 1}" if self._sequence else "before the first record"
-
-
-def check_header(value: dict[str, Any]) -> None:
-    """Check the version in a HEADER record.
-
-    Raises
-    ------
-    StreamError
-        If this project cannot read it.
-    """
-    if value.get("version") != VERSION:
-        raise StreamError(f"stream of version {value.get('version')!r}; this program reads version {VERSION}")
