@@ -56,12 +56,12 @@ class Watch(threading.Thread):
     def __init__(self, path: Path, period: float = 0.02) -> None:
         super().__init__(daemon=True)
         self.slowest, self.asked, self.failed = 0.0, 0, ""
-        self._path, self._period, self._stop = str(path), period, threading.Event()
+        self._path, self._period, self._ended = str(path), period, threading.Event()
 
     def run(self) -> None:
         try:
             client = MonitorClient(self._path, 20.0)
-            while not self._stop.wait(self._period):
+            while not self._ended.wait(self._period):
                 began = time.monotonic()
                 client.execute("query-device")
                 self.slowest, self.asked = max(self.slowest, time.monotonic() - began), self.asked + 1
@@ -70,7 +70,7 @@ class Watch(threading.Thread):
             self.failed = repr(error)
 
     def end(self) -> None:
-        self._stop.set()
+        self._ended.set()
         self.join(30)
 
 
