@@ -20,7 +20,7 @@ CONFIG_BYTES = 16
 """Bytes of the config space with all of its fields."""
 
 _FIELD = struct.Struct("<I")
-_DRIVER_MAY_WRITE = ((ACTUAL, ACTUAL + 4), (POISON_VAL, POISON_VAL + 4))
+_DRIVER_MAY_WRITE = (ACTUAL, POISON_VAL)
 
 
 def config_size(offered: int) -> int:
@@ -61,14 +61,25 @@ class BalloonConfig:
             return bytes(max(length, 0))
         return bytes(self._bytes[offset : min(offset + length, self.size)]).ljust(length, b"\0")
 
-    def write(self, offset: int, data: bytes) -> list[int]:
-        """Store what the driver may write: actual and poison_val. Return the offsets of the fields touched."""
-        touched = []
-        for start, end in _DRIVER_MAY_WRITE:
-            if start >= self.size:
-                continue
-            a, b = max(start, offset), min(end, offset + len(data))
-            if a < b:
-                self._bytes[a:b] = data[a - offset : b - offset]
-                touched.append(start)
-        return touched
+    def write(self, offset: int, data: bytes) -> list[int] | None:
+        """Store what the driver may write: actual and poison_val.
+
+        A transport may send more of the config space than the driver wrote (QEMU in front of a vhost-user device sends
+        all of it, from a cache that may be old): then what differs from what is shown was written, and no more.
+
+        Returns
+        -------
+        list of int or None
+            Offsets of the fields that were written; None if there is none that the driver may write.
+        """
+        end = min(offset + len(data), self.size)
+        one_field = offset // _FIELD.size == (offset + len(data) - 1) // _FIELD.size
+        theirs = [field for field in _DRIVER_MAY_WRITE if max(field, offset) < min(field + _FIELD.size, end)]
+        written = []
+        for field in theirs:
+            a, b = max(field, offset), min(field + _FIELD.size, end)
+            new = data[a - offset : b - offset]
+            if one_field or self._bytes[a:b] != new:
+                self._bytes[a:b] = new
+                written.append(field)
+        return written if theirs else None

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from balloon_dev.config import ACTUAL, CMD_ID, CONFIG_BYTES, NUM_PAGES, POISON_VAL, BalloonConfig
-from balloon_dev.features import ALL_BALLOON_FEATURES, DEVICE_ID, RING_FEATURES, BalloonFeature, QueueRole
+from balloon_dev.features import ALL_BALLOON_FEATURES, DEVICE_ID, RING_FEATURES, BalloonFeature, QueueRole, role_feature
 from balloon_dev.hinting import Action, HintEvent, HintRun
 from balloon_dev.profiles import SPEC, Profile
 from balloon_dev.requests import MAX_REQUEST_BYTES, Discard, HintSink, LearnsDeflate, Requests, RingTap
@@ -31,6 +31,7 @@ DEFAULT_FEATURES = int(BalloonFeature.FREE_PAGE_HINT | RING_FEATURES)
 SUPPORTED_FEATURES = int(ALL_BALLOON_FEATURES | RING_FEATURES)
 """What the device serves: all of section 5.5.3."""
 
+BALLOON_QUEUES = (QueueRole.INFLATE, QueueRole.DEFLATE)
 BATCH = 256
 ROUNDS_PER_CALL = 64
 
@@ -95,6 +96,7 @@ class BalloonDevice(Requests):
         self._by_number: dict[int, QueueRole] = {}
         self._memory: GuestMemory | None = None
         self._queues: dict[int, DeviceQueue] = {}
+        self._new: set[QueueRole | None] = set()
         self._calls: set[int] = set()
         self._config_change = False
         self._ballooned = bitmap.empty(0)
@@ -121,13 +123,21 @@ class BalloonDevice(Requests):
         self._queues.clear()
         self._held_stats = None
         self._memory = memory
-        self._ballooned = bitmap.empty(memory.page_span if memory else 0)
+        before, self._ballooned = self._ballooned, bitmap.empty(memory.page_span if memory else 0)
+        for region in memory.regions if memory else ():
+            for first, pages in zip(*bitmap.runs(before), strict=True):
+                a, b = max(int(first), region.gpa >> 12), min(int(first + pages), region.end >> 12)
+                if a < b:
+                    bitmap.set_run(self._ballooned, a, b - a)
 
     def set_features(self, features: int) -> bool:
         """Take the driver's choice, False if it has bits that were not offered."""
         if features & ~self.offered_features:
             return False
         self.negotiated = features
+        for role in (QueueRole.STATS, QueueRole.FREE_PAGE):
+            if not features & role_feature(role):
+                self._forget(role)
         return True
 
     def read_config(self, offset: int, length: int) -> bytes:
@@ -136,8 +146,46 @@ class BalloonDevice(Requests):
 
     def write_config(self, offset: int, data: bytes) -> None:
         """Store actual or poison_val; everything else is read-only for the driver."""
-        if not self.config.write(offset, data):
+        written = self.config.write(offset, data)
+        if written is None:
             self.bad_requests["config write to a read-only field"] += 1
+        elif POISON_VAL in written:
+            self._poison_told = True
+
+    def new_driver(self, index: int, *, sure: bool) -> None:
+        """Forget what went with a queue of the driver before: another one sets it up, without a reset in between.
+
+        The hint run goes with the free page queue, the statistics with the statsq, the balloon with inflateq and
+        deflateq. `poison_val` goes with none: it is written before any queue is there, and it forbids discards.
+        """
+        role = self.role_of(index)
+        if role in BALLOON_QUEUES:
+            if not any(other is not role and self.queue(other) and other in self._new for other in BALLOON_QUEUES):
+                self._forget_balloon(sure=sure)
+            self._new.add(role)
+        elif role is QueueRole.FREE_PAGE:
+            self._forget(role)
+            if not sure:
+                self.hinting.scatter()
+        elif role is not None and sure:
+            self._forget(role)
+
+    def _forget(self, role: QueueRole) -> None:
+        if role is QueueRole.STATS:
+            self.stats.clear()
+        elif role is QueueRole.FREE_PAGE:
+            shown = self.config[CMD_ID]
+            self.hinting.handle(HintEvent.RESET)
+            self._publish(notify=False)
+            self._config_change = self._config_change or self.config[CMD_ID] != shown
+
+    def _forget_balloon(self, *, sure: bool) -> None:
+        self._ballooned[:] = 0
+        if isinstance(self.discard, LearnsDeflate):
+            self.discard.reset()
+        if sure and self.actual:
+            self.config[ACTUAL] = 0
+            self._config_change = True
 
     def attach_queue(self, index: int, queue: DeviceQueue) -> None:
         """Make a queue live."""
@@ -148,6 +196,7 @@ class BalloonDevice(Requests):
         """Stop using a queue."""
         if index == self.queue_number(QueueRole.STATS):
             self._held_stats = None
+        self._new.discard(self.role_of(index))
         self._queues.pop(index, None)
         self._calls.discard(index)
 
@@ -172,18 +221,16 @@ class BalloonDevice(Requests):
     def reset(self) -> None:
         """Forget the driver: queues, negotiated features, balloon; the command id counter is kept."""
         self._queues.clear()
+        self._new.clear()
         self._calls.clear()
-        self._config_change = False
         self._held_stats = None
-        self.stats.clear()
         self.negotiated = 0
-        self.hinting.handle(HintEvent.RESET)
-        self._publish(notify=False)
-        self.config[ACTUAL] = 0
+        self._forget(QueueRole.STATS)
+        self._forget(QueueRole.FREE_PAGE)
+        self._forget_balloon(sure=True)
         self.config[POISON_VAL] = 0
-        self._ballooned[:] = 0
-        if isinstance(self.discard, LearnsDeflate):
-            self.discard.reset()
+        self._poison_told = False
+        self._config_change = False
 
     # -- the hypervisor's side ------------------------------------------------------------------------------------
 
@@ -264,6 +311,7 @@ class BalloonDevice(Requests):
             self.offered_features,
             self.negotiated,
             self.config.read(0, CONFIG_BYTES),
+            self._poison_told,
             self.hinting.save(),
             self.stats.save(),
             tuple(zip(first.tolist(), pages.tolist(), strict=True)),
@@ -290,6 +338,7 @@ class BalloonDevice(Requests):
         self.hinting.load(state.hinting)
         self.stats.load(state.stats)
         self.negotiated = state.negotiated
+        self._poison_told = state.poison_told
         for offset in (NUM_PAGES, ACTUAL, POISON_VAL):
             self.config[offset] = int.from_bytes(state.config[offset : offset + 4], "little")
         self._ballooned[:] = 0

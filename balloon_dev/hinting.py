@@ -10,6 +10,7 @@ No I/O, no clock, no memory: what a page of a hint is, others know.
 
 from __future__ import annotations
 
+import secrets
 from dataclasses import dataclass
 from enum import Enum, auto
 from typing import Any, Self
@@ -139,6 +140,8 @@ class HintRun:
         self.state = HintState.STOP
         self.command_id = profile.id_initial
         """Id of the current or last run (before the first run: the counter's start)."""
+        self.resets = 0
+        """How often a driver was gone: a run that went on then ended without the guest."""
 
     def handle(self, event: HintEvent) -> Action:
         """Let `event` happen; return what the device has to do."""
@@ -146,11 +149,19 @@ class HintRun:
         self.state = transition.next
         if transition.action is Action.NEW_ID:
             self.command_id = self.profile.id_min if self.command_id >= self.profile.id_max else self.command_id + 1
+        elif event is HintEvent.RESET:
+            self.resets += 1
         return transition.action
 
     def guest_command(self, command_id: int) -> Action:
         """Let the guest's command happen: the current id, or any other."""
         return self.handle(HintEvent.GUEST_ID if command_id == self.command_id else HintEvent.GUEST_OTHER_ID)
+
+    def scatter(self) -> None:
+        """Let the ids go on from anywhere: the guest may have seen some that this device knows nothing of, and would
+        take no notice of one that it has answered before.
+        """
+        self.command_id = self.profile.id_min + secrets.randbelow(self.profile.id_max - self.profile.id_min + 1)
 
     @property
     def active(self) -> bool:

@@ -76,6 +76,7 @@ class Requests:
         self.counters: Counter[str] = Counter()
         """What was done since the device was made: pages inflated and deflated, bytes reported and discarded."""
         self._held_stats: int | None = None
+        self._poison_told = False
 
     def _gather(self, segs: npt.NDArray[Any], limit: int | None = None) -> bytes:
         """Return the bytes of a buffer, however it is cut into descriptors; at most `limit`."""
@@ -95,6 +96,11 @@ class Requests:
     def poison_val(self) -> int:
         """The value the guest fills free pages with, as far as it has told (balloon.poison.device-1); 0 otherwise."""
         return self.config[POISON_VAL] if self.negotiated & BalloonFeature.PAGE_POISON else 0
+
+    @property
+    def poison_unknown(self) -> bool:
+        """Whether the guest fills free pages with a value that it has not told: its driver came from another host."""
+        return bool(self.negotiated & BalloonFeature.PAGE_POISON) and not self._poison_told
 
     # -- free page hinting ----------------------------------------------------------------------------------------
 
@@ -178,9 +184,9 @@ class Requests:
     def _report(self, segs: npt.NDArray[Any], chain: Any) -> None:
         """One report: device-writable ranges of free pages, dropped before the buffer is given back.
 
-        While the guest fills its free pages with a value other than 0 they are left alone, as QEMU does: what comes
-        back would not hold that value (balloon.report.device-2). One range that is not made of whole host pages makes
-        the whole report a bad request.
+        While the guest fills its free pages with a value other than 0, or one not known, they are left alone, as QEMU
+        does: what comes back would not hold that value (balloon.report.device-2). One range that is not made of whole
+        host pages makes the whole report a bad request.
         """
         name = QueueRole.REPORTING.value
         if int(chain["n_readable"]) or len(segs) > MAX_REPORT_RANGES:
@@ -192,7 +198,7 @@ class Requests:
             self.bad_requests[f"{name}: range that is not made of whole host pages"] += 1
             return
         self.counters["bytes reported"] += int(length.sum())
-        if not self.poison_val:
+        if not self.poison_val and not self.poison_unknown:
             self._discard(addr, length)
 
     # -- statistics -----------------------------------------------------------------------------------------------

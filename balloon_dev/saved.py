@@ -31,6 +31,8 @@ class SavedDevice:
     """Feature bits, of those offered."""
     config: bytes
     """The config space, `CONFIG_BYTES` long whatever was offered."""
+    poison_told: bool
+    """Whether its driver has written `poison_val`."""
     hinting: SavedHints
     stats: SavedStats
     ballooned: tuple[tuple[int, int], ...]
@@ -65,6 +67,7 @@ class SavedDevice:
             offered,
             negotiated,
             said.hexadecimal("config", CONFIG_BYTES),
+            said.boolean("poison_told", default=False),  # in doubt reported pages are left alone
             SavedHints.from_json(said.any("hinting"), refusal),
             SavedStats.from_json(said.any("stats"), refusal),
             ballooned,
@@ -77,6 +80,7 @@ class SavedDevice:
             "offered": self.offered,
             "negotiated": self.negotiated,
             "config": self.config.hex(),
+            "poison_told": self.poison_told,
             "hinting": self.hinting.to_json(),
             "stats": self.stats.to_json(),
             "ballooned": [list(run) for run in self.ballooned],

@@ -45,6 +45,9 @@ class EntropyDevice:
     def write_config(self, offset: int, data: bytes) -> None:
         pass
 
+    def new_driver(self, index: int, *, sure: bool) -> None:
+        """It keeps nothing of a driver."""
+
     def attach_queue(self, index: int, queue: DeviceQueue) -> None:
         self.queue = queue
 

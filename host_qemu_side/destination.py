@@ -271,7 +271,12 @@ def resume(
     arguments = resume_arguments(receiver.header)
     device.discard = CurrentDiscarder(lambda: memory, lambda: bool(device.negotiated & BalloonFeature.MUST_TELL_HOST))
     loop = Loop()
-    backend = VhostUserBackend(device, loop, on_memory=lambda: device.load(saved.device))
+
+    def go_on() -> None:
+        device.load(saved.device)
+        backend.resume(bases)
+
+    backend = VhostUserBackend(device, loop, on_memory=go_on)
     guest = None
     try:
         guest = PythonGuest(loop, backend, None, [*arguments, "--bases", json.dumps(bases)], ram=memory.regions[0].fd)

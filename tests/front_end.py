@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
+import struct
+from collections.abc import Sequence
 
 from balloon_dev.device import BalloonDevice
 from balloon_dev.features import RING_FEATURES, BalloonFeature, QueueRole
@@ -17,42 +20,149 @@ from vring.vhost_user import Request
 FEATURES = int(BalloonFeature.FREE_PAGE_HINT | BalloonFeature.DEFLATE_ON_OOM) | int(RING_FEATURES)
 USER = 0x7F0000000000
 RINGS = 0x10000
+APART = 0x4000
+"""Bytes from one ring to the next: descriptors, 4 KiB on the avail ring, 4 KiB on the used ring."""
+BUFFERS = 0x8000
+"""Where the buffers of a driver lie."""
+BIT_30 = vu.F_PROTOCOL_FEATURES
 
 
 class Front:
-    """Speaks as a front end, one message at a time."""
+    """Speaks as a front end, one message at a time; `put` is the driver's part."""
 
-    def __init__(self, features: int = FEATURES) -> None:
-        self.features = features
+    def __init__(self, features: int = FEATURES, *, size: int = 256) -> None:
+        self.features, self.size = features, size
         self.memory = GuestMemory.create(((0, 1 << 20),))
         self.loop = Loop()
         self.device = BalloonDevice(features, profile=LINUX)
         self.backend = VhostUserBackend(self.device, self.loop)
         self.socket, theirs = socket.socketpair()
+        self.socket.settimeout(5.0)
         self.backend.serve(theirs)
+        self.at = [RINGS + index * APART for index in range(5)]
+        """Where the driver has its rings."""
+        self.kicks = [os.eventfd(0, os.EFD_NONBLOCK) for _ in range(5)]
+        self.calls = [os.eventfd(0, os.EFD_NONBLOCK) for _ in range(5)]
 
-    def say(self, request: Request, payload: bytes = b"", fds: tuple[int, ...] = ()) -> None:
+    def close(self) -> None:
+        self.backend.close()
+        self.socket.close()
+        self.loop.close()
+        self.memory.close()
+        for fd in (*self.kicks, *self.calls):
+            os.close(fd)
+
+    # -- messages -------------------------------------------------------------------------------------------------
+
+    def say(self, request: Request, payload: bytes = b"", fds: Sequence[int] = ()) -> None:
         socket.send_fds(self.socket, [vu.pack_message(request, payload)], list(fds))
         self.loop.run_once(1.0)
 
-    def probe(self, at: int, extra: int = 0, *, rings: int = 3) -> None:
-        """What the driver says when it is loaded: the rings are 16 KiB apart from that address on."""
-        self.say(Request.SET_FEATURES, vu.pack_u64(self.features | extra))
+    def ask(self, request: Request, payload: bytes = b"") -> bytes:
+        """Return the payload of the reply."""
+        self.say(request, payload)
+        header = vu.Header.unpack(self.socket.recv(vu.HEADER_SIZE))
+        assert header.is_reply
+        assert header.request == request
+        return self.socket.recv(header.size)
+
+    def negotiate(self, extra: int = 0, features: int | None = None) -> None:
+        self.say(Request.SET_FEATURES, vu.pack_u64((self.features if features is None else features) | extra))
+
+    def table(self, user: int = USER) -> None:
         region = self.memory.regions[0]
-        table = vu.MemoryRegion.pack_table([vu.MemoryRegion(0, region.size, USER, 0)])
+        table = vu.MemoryRegion.pack_table([vu.MemoryRegion(0, region.size, user, 0)])
         self.say(Request.SET_MEM_TABLE, table, (region.fd,))
+
+    def num(self, index: int = 0) -> None:
+        self.say(Request.SET_VRING_NUM, vu.VringState(index, self.size).pack())
+
+    def base(self, index: int = 0, base: int = 0) -> None:
+        self.say(Request.SET_VRING_BASE, vu.VringState(index, base).pack())
+
+    def addr(self, index: int = 0, user: int = USER) -> None:
+        at = user + self.at[index]
+        parts = vu.VringAddr(index, 0, at, at + 0x2000, at + 0x1000, (1 << 64) - 1)
+        self.say(Request.SET_VRING_ADDR, parts.pack())
+
+    def kick(self, index: int = 0) -> None:
+        self.say(Request.SET_VRING_KICK, vu.VringFd(index, True).pack(), (self.kicks[index],))
+
+    def call(self, index: int = 0, *, there: bool = True) -> None:
+        fds = (self.calls[index],) if there else ()
+        self.say(Request.SET_VRING_CALL, vu.VringFd(index, there).pack(), fds)
+
+    def enable(self, index: int = 0, *, on: bool = True) -> None:
+        self.say(Request.SET_VRING_ENABLE, vu.VringState(index, int(on)).pack())
+
+    def get_base(self, index: int = 0) -> int:
+        return vu.VringState.unpack(
+            self.ask(Request.GET_VRING_BASE, vu.VringState(index, 0).pack()), "GET_VRING_BASE"
+        ).value
+
+    def set_config(self, offset: int, data: bytes, *, room: int = 0) -> None:
+        """Write config space; the message is padded to `room` bytes of it."""
+        self.say(Request.SET_CONFIG, vu.ConfigSpace(offset, len(data), 0, data.ljust(room, b"\xee")).pack())
+
+    def get_config(self, offset: int, size: int, *, room: int = 0) -> bytes:
+        """Read config space; the message is padded to `room` bytes of it, and so is what is returned."""
+        asked = vu.ConfigSpace(offset, size, 0, bytes(max(size, room)))
+        return vu.ConfigSpace.unpack(self.ask(Request.GET_CONFIG, asked.pack()), "GET_CONFIG").data
+
+    def probe(self, at: int = RINGS, extra: int = 0, *, rings: int = 3, bases: Sequence[int] = (0,) * 5) -> None:
+        """What the driver says when it is loaded, or goes on: the rings are 16 KiB apart from that address on."""
+        self.negotiate(extra)
+        self.table()
+        self.at = [at + index * APART for index in range(5)]
         for index in range(rings):
-            base = USER + at + index * 0x4000
-            self.say(Request.SET_VRING_NUM, vu.VringState(index, 256).pack())
-            self.say(Request.SET_VRING_BASE, vu.VringState(index, 0).pack())
-            self.say(
-                Request.SET_VRING_ADDR, vu.VringAddr(index, 0, base, base + 0x2000, base + 0x1000, (1 << 64) - 1).pack()
-            )
-            kick = os.eventfd(0)
-            self.say(Request.SET_VRING_KICK, vu.VringFd(index, True).pack(), (kick,))
-            os.close(kick)
+            self.num(index)
+            self.base(index, bases[index])
+            self.addr(index)
+            self.kick(index)
             if extra:
-                self.say(Request.SET_VRING_ENABLE, vu.VringState(index, 1).pack())
+                self.enable(index)
+
+    def stop(self, rings: int = 3) -> list[int]:
+        """What QEMU says when it stops the machine, or the guest resets the device; return the bases."""
+        for index in range(rings):
+            self.enable(index, on=False)
+        return [self.get_base(index) for index in range(rings)]
+
+    # -- the driver -----------------------------------------------------------------------------------------------
+
+    def begin(self, rings: int = 3) -> None:
+        """Another driver lays its rings out: all of them are empty."""
+        for index in range(rings):
+            self.memory.write(self.at[index], bytes(APART))
+
+    def put(self, data: bytes, index: int = 0, *, writable: bool = False, kick: bool = True) -> None:
+        """Make one buffer available, and kick."""
+        at = self.at[index]
+        n = int.from_bytes(self.memory.read(at + 0x1002, 2), "little")
+        slot = n % self.size
+        buffer = BUFFERS + 0x100 * (n % 64)
+        self.memory.write(buffer, data)
+        self.memory.write(at + 16 * slot, struct.pack("<QIHH", buffer, len(data), 2 * writable, 0))
+        self.memory.write(at + 0x1004 + 2 * slot, struct.pack("<H", slot))
+        self.memory.write(at + 0x1002, struct.pack("<H", (n + 1) & 0xFFFF))
+        if kick:
+            os.eventfd_write(self.kicks[index], 1)
+            self.loop.run_once(0.0)
+
+    def inflate(self, *pages: int, index: int = 0) -> None:
+        """Give pages to the balloon; on the deflateq (1): take them back."""
+        self.put(struct.pack(f"<{len(pages)}I", *pages), index)
+
+    def used(self, index: int = 0) -> int:
+        return int.from_bytes(self.memory.read(self.at[index] + 0x2002, 2), "little")
+
+    def rung(self, index: int = 0) -> int:
+        """How many interrupts have come."""
+        with contextlib.suppress(BlockingIOError):
+            return os.eventfd_read(self.calls[index])
+        return 0
+
+    # -- looking at it --------------------------------------------------------------------------------------------
 
     def live(self) -> int:
         return sum(self.device.queue(role) is not None for role in QueueRole)
@@ -61,12 +171,6 @@ class Front:
         """The memory is somebody else's now; return what it holds."""
         self.memory.write(RINGS, b"\x5a" * 0x10000)
         return self.memory.read(0, 1 << 20)
-
-    def close(self) -> None:
-        self.backend.close()
-        self.socket.close()
-        self.loop.close()
-        self.memory.close()
 
     def provoke(self) -> None:
         """Do all that could make the device look at a ring or write to it."""

@@ -1,6 +1,7 @@
 """A driver that is removed says so only in passing; from then on its rings are memory like any other.
 
-The messages are those of User-Mode Linux when the driver drops a feature it was offered: without bit 30.
+The messages are those of User-Mode Linux: with bit 30 the rings are disabled, without it (when the driver drops a
+feature it was offered) nothing is said, but the features are asked for.
 """
 
 from __future__ import annotations
@@ -8,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
-from front_end import RINGS, Front
+from front_end import BIT_30, RINGS, Front
 
-from vring import vhost_user as vu
+from balloon_dev.hinting import HintState
 from vring.vhost_user import Request
 
 
@@ -21,38 +22,67 @@ def front() -> Iterator[Front]:
     made.close()
 
 
-def test_asking_for_features_again_ends_the_rings(front: Front) -> None:
-    front.probe(RINGS)
+def remove(front: Front, bit_30: int) -> None:
+    if bit_30:
+        for index in range(3):
+            front.enable(index, on=False)
+    front.ask(Request.GET_FEATURES)
+
+
+BITS = pytest.mark.parametrize("bit_30", [0, BIT_30], ids=["without bit 30", "with bit 30"])
+
+
+@BITS
+def test_the_rings_of_a_driver_that_is_gone_are_left_alone(front: Front, bit_30: int) -> None:
+    front.probe(RINGS, bit_30)
     assert front.live() == 3
-    front.say(Request.GET_FEATURES)
+    front.inflate(40, 41)
+    remove(front, bit_30)
     assert front.live() == 0
-    assert not front.device.hinting_negotiated
+    assert front.device.ballooned_pages == 2, "nothing is reset: it may have been a pause"
     held = front.scribble()
+    front.provoke()
+    front.negotiate(bit_30)
+    front.table()
     front.provoke()
     assert front.memory.read(0, 1 << 20) == held
-    front.memory.write(RINGS, bytes(0x10000))
-    front.probe(RINGS)
-    assert front.live() == 3
-    assert front.backend.last_error is None
+    assert front.live() == 0
 
 
-@pytest.mark.parametrize("bit30", [0, vu.F_PROTOCOL_FEATURES], ids=["without bit 30", "with bit 30"])
-def test_negotiating_again_ends_the_rings(front: Front, bit30: int) -> None:
-    """The rings of the driver before are not looked at when the new one gives its memory."""
-    front.probe(RINGS, bit30)
-    assert front.live() == 3
-    front.device.config[4] = 17
+@BITS
+def test_the_next_driver_begins_afresh_elsewhere(front: Front, bit_30: int) -> None:
+    front.probe(RINGS, bit_30)
+    front.inflate(40, 41)
+    front.set_config(4, (2).to_bytes(4, "little"))
+    front.device.start_hinting()
+    remove(front, bit_30)
     held = front.scribble()
-    front.probe(RINGS + 0x20000, bit30)
+    front.probe(RINGS + 0x20000, bit_30)
     assert front.live() == 3
-    assert front.device.actual == 0
+    assert (front.device.actual, front.device.ballooned_pages) == (0, 0)
+    assert front.device.hinting.state is HintState.REQUESTED, "its queue was never used: harmless"
     assert front.backend.last_error is None
-    assert front.memory.read(RINGS, 0x10000) == held[RINGS : RINGS + 0x10000]
     front.provoke()
     assert front.memory.read(RINGS, 0x10000) == held[RINGS : RINGS + 0x10000]
+    front.inflate(50)
+    assert front.used() == 1
+    assert front.device.ballooned_pages == 1
+
+
+def test_bit_30_that_goes_away_enables_no_ring(front: Front) -> None:
+    """The driver was removed with bit 30, and the next one comes without: its rings are not those disabled before."""
+    front.probe(RINGS, BIT_30)
+    front.inflate(40)
+    remove(front, BIT_30)
+    held = front.scribble()
+    front.negotiate(0)
+    front.table()
+    front.provoke()
+    assert front.live() == 0
+    assert front.memory.read(0, 1 << 20) == held
 
 
 def test_with_bit_30_features_may_be_asked_for_at_any_time(front: Front) -> None:
-    front.probe(RINGS, vu.F_PROTOCOL_FEATURES)
-    front.say(Request.GET_FEATURES)
+    front.probe(RINGS, BIT_30)
+    front.ask(Request.GET_FEATURES)
     assert front.live() == 3

@@ -19,7 +19,8 @@ class Device(Protocol):
     """A virtio device type.
 
     The transport calls `set_memory` and `set_features` before `attach_queue`, and `process` whenever a queue was
-    kicked. After any call it asks `take_config_change` and `take_calls` and notifies the driver accordingly.
+    kicked. After any call it asks `take_config_change` and `take_calls` and notifies the driver accordingly. A
+    transport that cannot tell a reset from a pause tells of `new_driver` where it sees one.
     """
 
     device_id: int
@@ -48,6 +49,13 @@ class Device(Protocol):
 
     def write_config(self, offset: int, data: bytes) -> None:
         """Store what the driver may write; the rest is ignored."""
+
+    def new_driver(self, index: int, *, sure: bool) -> None:
+        """Learn that the queue attached next is another driver's than before, without a reset in between.
+
+        What belongs to the queue is to be forgotten, and no more: each queue of that driver is told of by itself. If it
+        is not `sure`, only what would let the device change guest memory in the belief that it is free.
+        """
 
     def attach_queue(self, index: int, queue: DeviceQueue) -> None:
         """Make a queue live."""

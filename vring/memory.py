@@ -20,10 +20,11 @@ from vring._vring import ffi, lib
 from vring.backing import HOST_PAGE_SIZE, Backing, classify, close_with, describe_fd, make_memfd, no_huge_pages
 from vring.errors import GuestAddressError, UsageError
 
-__all__ = ["PAGE_SHIFT", "PAGE_SIZE", "Backing", "GuestMemory", "Region"]
+__all__ = ["MAX_REGIONS", "PAGE_SHIFT", "PAGE_SIZE", "Backing", "GuestMemory", "Region"]
 
 PAGE_SIZE: int = lib.DIRTY_PAGE_SIZE
 PAGE_SHIFT = PAGE_SIZE.bit_length() - 1
+MAX_REGIONS: int = lib.VQ_MAX_REGIONS
 
 
 @dataclass(frozen=True, slots=True)

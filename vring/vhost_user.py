@@ -14,6 +14,7 @@ from enum import IntEnum, IntFlag
 from vring.errors import VirtioError
 
 __all__ = [
+    "F_LOG_ALL",
     "F_PROTOCOL_FEATURES",
     "HEADER_SIZE",
     "MAX_PAYLOAD",
@@ -39,6 +40,8 @@ MAX_PAYLOAD = 4096
 """Larger than any message this project understands; what claims more is not vhost-user."""
 MAX_FDS = 16
 
+F_LOG_ALL = 1 << 26
+"""Feature bit by which a front end asks for a log of writes while it migrates: it comes and goes with one driver."""
 F_PROTOCOL_FEATURES = 1 << 30
 """Feature bit that vhost-user itself adds: protocol features can be negotiated and rings start disabled."""
 
@@ -47,6 +50,7 @@ STATE = struct.Struct("=II")
 ADDR = struct.Struct("=IIQQQQ")
 MEMORY_HEAD = struct.Struct("=II")
 MEMORY_REGION = struct.Struct("=QQQQ")
+SINGLE_REGION = struct.Struct("=QQQQQ")
 CONFIG_HEAD = struct.Struct("=III")
 CONFIG_MAX = 256
 
@@ -74,6 +78,9 @@ class Request(IntEnum):
     GET_CONFIG = 24
     SET_CONFIG = 25
     RESET_DEVICE = 34
+    GET_MAX_MEM_SLOTS = 36
+    ADD_MEM_REG = 37
+    REM_MEM_REG = 38
     SET_STATUS = 39
     GET_STATUS = 40
 
@@ -93,6 +100,7 @@ class ProtocolFeature(IntFlag):
     CONFIG = 1 << 9
     RESET_DEVICE = 1 << 13
     INBAND_NOTIFICATIONS = 1 << 14
+    CONFIGURE_MEM_SLOTS = 1 << 15
     STATUS = 1 << 16
 
 
@@ -232,7 +240,7 @@ class VringFd:
 
 @dataclass(frozen=True, slots=True)
 class MemoryRegion:
-    """One entry of SET_MEM_TABLE; its descriptor travels beside the message."""
+    """One entry of SET_MEM_TABLE, or that of ADD_MEM_REG or REM_MEM_REG; its descriptor travels beside the message."""
 
     gpa: int
     size: int
@@ -257,6 +265,15 @@ class MemoryRegion:
         at = MEMORY_HEAD.size
         return [cls(*MEMORY_REGION.unpack_from(payload, at + i * MEMORY_REGION.size)) for i in range(count)]
 
+    def pack(self) -> bytes:
+        """Return the payload of ADD_MEM_REG and REM_MEM_REG."""
+        return SINGLE_REGION.pack(0, self.gpa, self.size, self.user_address, self.mmap_offset)
+
+    @classmethod
+    def unpack(cls, payload: bytes, what: str) -> MemoryRegion:
+        """Parse the payload of ADD_MEM_REG and REM_MEM_REG."""
+        return cls(*_exact(SINGLE_REGION, payload, what)[1:])
+
 
 @dataclass(frozen=True, slots=True)
 class ConfigSpace:
@@ -266,6 +283,7 @@ class ConfigSpace:
     size: int
     flags: int
     data: bytes
+    """At least `size` bytes; some front ends always send 256, and want as many back."""
 
     def pack(self) -> bytes:
         """Return the payload."""
@@ -278,6 +296,6 @@ class ConfigSpace:
             raise VhostUserError(f"vhost-user: {what} has only {len(payload)} bytes")
         offset, size, flags = CONFIG_HEAD.unpack_from(payload)
         data = payload[CONFIG_HEAD.size :]
-        if size > CONFIG_MAX or len(data) != size:
+        if not size <= len(data) <= CONFIG_MAX:
             raise VhostUserError(f"vhost-user: {what} of {size} bytes carries {len(data)} (at most {CONFIG_MAX})")
         return cls(offset, size, flags, data)

@@ -16,10 +16,11 @@ from typing import Any
 
 from host_qemu_side.loop import Loop
 from host_qemu_side.vhost_user.rings import Rings, close_fd
+from host_qemu_side.vhost_user.table import MemoryTable
 from vring import vhost_user as vu
 from vring.device import Device
 from vring.errors import VirtioError
-from vring.memory import GuestMemory, Region
+from vring.memory import MAX_REGIONS, GuestMemory
 from vring.unix_socket import UnixListener
 from vring.vhost_user import ProtocolFeature, Request, VhostUserError
 
@@ -27,7 +28,12 @@ __all__ = ["VhostUserBackend"]
 
 log = logging.getLogger(__name__)
 PROTOCOL_FEATURES = (
-    ProtocolFeature.REPLY_ACK | ProtocolFeature.BACKEND_REQ | ProtocolFeature.CONFIG | ProtocolFeature.MQ
+    ProtocolFeature.REPLY_ACK
+    | ProtocolFeature.BACKEND_REQ
+    | ProtocolFeature.CONFIG
+    | ProtocolFeature.MQ
+    | ProtocolFeature.RESET_DEVICE
+    | ProtocolFeature.CONFIGURE_MEM_SLOTS
 )
 
 
@@ -68,7 +74,6 @@ class VhostUserBackend:
         self._header: vu.Header | None = None
         self._buffer = bytearray()
         self._fds: list[int] = []
-        self._after: list[Callable[[], None]] = []
 
     # -- connecting -----------------------------------------------------------------------------------------------
 
@@ -104,12 +109,21 @@ class VhostUserBackend:
     @property
     def memory(self) -> GuestMemory | None:
         """RAM of the guest that is connected."""
-        return self._rings.memory
+        return self._rings.table.memory
 
     @property
     def features(self) -> int:
         """Features negotiated, with vhost-user's own."""
-        return self._rings.features
+        return self._rings.features or 0
+
+    @property
+    def running(self) -> bool:
+        """Whether the driver's rings run, or at least one of them."""
+        return self._rings.running
+
+    def missing(self, index: int) -> list[str]:
+        """Return what the ring of a queue still needs to run, in words; nothing if it runs."""
+        return self._rings.missing(index)
 
     @property
     def last_error(self) -> str | None:
@@ -215,6 +229,7 @@ class VhostUserBackend:
         finally:
             for fd in fds:
                 close_fd(fd)
+        self._rings.rest()
         if result is not None:
             self._send(vu.pack_message(header.request, result, reply=True))
         elif header.need_reply and self._protocol & ProtocolFeature.REPLY_ACK:
@@ -223,9 +238,7 @@ class VhostUserBackend:
             raise VhostUserError(f"vhost-user: {header.name} failed: {failed}") from failed
         if failed is not None:
             log.warning("vhost-user: %s refused: %s", header.name, failed)
-        after, self._after = self._after, []
-        for work in after:  # the guest has its reply
-            work()
+        self._rings.wake()  # the guest has its reply
         self.deliver()
 
     def _send(self, message: bytes) -> None:
@@ -235,28 +248,19 @@ class VhostUserBackend:
         except BlockingIOError as error:
             raise VhostUserError("vhost-user: the front end does not read its replies") from error
 
-    def _driver_gone(self) -> None:
-        """The driver was removed, or another one begins: its rings lie in memory that is somebody else's now.
-
-        No message says so. What is known: features are negotiated anew; and User-Mode Linux, which disables rings only
-        with bit 30, asks for the features (to know that all before it was heard) when it has deleted them.
-        """
-        if self._rings.driver_gone():
-            self.device.reset()
-
     def _get_features(self, payload: bytes, fds: list[int]) -> bytes:
+        # User-Mode Linux, which disables rings only with bit 30, asks when it has deleted them, to know that all before
+        # was heard. Nothing else says that its driver was removed.
         if not self.features & vu.F_PROTOCOL_FEATURES:
-            self._driver_gone()
+            self._rings.retire()
         return vu.pack_u64(self.device.offered_features | vu.F_PROTOCOL_FEATURES)
 
     def _set_features(self, payload: bytes, fds: list[int]) -> None:
         features = vu.unpack_u64(payload, "SET_FEATURES")
-        self._driver_gone()
-        if not self.device.set_features(features & ~vu.F_PROTOCOL_FEATURES):
+        if not self._rings.set_features(features):
             raise VhostUserError(
                 f"vhost-user: features {features:#x} were not all offered", clause="basic.features.driver-1"
             )
-        self._rings.features = features
 
     def _get_protocol_features(self, payload: bytes, fds: list[int]) -> bytes:
         return vu.pack_u64(PROTOCOL_FEATURES)
@@ -271,61 +275,65 @@ class VhostUserBackend:
     def _nothing(self, payload: bytes, fds: list[int]) -> None:
         return None
 
+    def _set_status(self, payload: bytes, fds: list[int]) -> None:
+        if not vu.unpack_u64(payload, "SET_STATUS"):
+            self._rings.end_all()
+
+    def _reset_owner(self, payload: bytes, fds: list[int]) -> None:
+        self._rings.end_all()
+
+    def _reset_device(self, payload: bytes, fds: list[int]) -> None:
+        self._rings.clear(table=False)
+        self.device.reset()
+
+    # Guest memory.
+
     def _set_mem_table(self, payload: bytes, fds: list[int]) -> None:
-        regions = vu.MemoryRegion.unpack_table(payload)
-        if len(regions) != len(fds):
-            raise VhostUserError(
-                f"vhost-user: SET_MEM_TABLE names {len(regions)} regions and brings {len(fds)} descriptors"
-            )
-        memory = GuestMemory.from_fds(
-            Region(r.gpa, r.size, fd, r.mmap_offset) for r, fd in zip(regions, fds, strict=True)
-        )
-        self._rings.stop_all()
-        old, self._rings.memory, self._rings.regions = self.memory, memory, regions
-        self.device.set_memory(memory)
-        if self._on_memory is not None:
+        self._change_table(MemoryTable.of(vu.MemoryRegion.unpack_table(payload), fds))
+
+    def _get_max_mem_slots(self, payload: bytes, fds: list[int]) -> bytes:
+        return vu.pack_u64(MAX_REGIONS)
+
+    def _add_mem_reg(self, payload: bytes, fds: list[int]) -> None:
+        self._change_table(self._rings.table.adding(vu.MemoryRegion.unpack(payload, "ADD_MEM_REG"), fds))
+
+    def _rem_mem_reg(self, payload: bytes, fds: list[int]) -> None:
+        self._change_table(self._rings.table.removing(vu.MemoryRegion.unpack(payload, "REM_MEM_REG")))
+
+    def _change_table(self, table: MemoryTable) -> None:
+        old = self.memory
+        self._rings.set_table(table)
+        if self._on_memory is not None and table.memory is not None:
             self._on_memory()
         if old is not None:
             old.close()
-        for index in range(len(self._rings)):
-            self._after.append(lambda i=index: self._rings.start(i))  # type: ignore[misc]
+
+    # Rings.
 
     def _set_vring_num(self, payload: bytes, fds: list[int]) -> None:
         state = vu.VringState.unpack(payload, "SET_VRING_NUM")
-        ring, largest = self._rings[state.index], self._rings.largest(state.index)
-        if not 0 < state.value <= largest:
-            raise VhostUserError(f"vhost-user: ring of {state.value} entries, at most {largest}", queue=state.index)
-        ring.size = state.value
+        self._rings.set_size(state.index, state.value)
 
     def _set_vring_base(self, payload: bytes, fds: list[int]) -> None:
         state = vu.VringState.unpack(payload, "SET_VRING_BASE")
-        if state.value > 0xFFFF:
-            raise VhostUserError(f"vhost-user: base index {state.value}", queue=state.index)
-        self._rings[state.index].base = state.value
+        self._rings.set_base(state.index, state.value)
 
     def _set_vring_addr(self, payload: bytes, fds: list[int]) -> None:
-        addr = vu.VringAddr.unpack(payload)
-        self._rings[addr.index].addr = addr
+        self._rings.set_addr(vu.VringAddr.unpack(payload))
 
     def _get_vring_base(self, payload: bytes, fds: list[int]) -> bytes:
         index = vu.VringState.unpack(payload, "GET_VRING_BASE").index
-        ring = self._rings[index]
-        self._rings.stop(index)
-        ring.own("kick", -1)
-        return vu.VringState(index, ring.base).pack()
+        return vu.VringState(index, self._rings.end(index)).pack()
 
     def _set_vring_kick(self, payload: bytes, fds: list[int]) -> None:
         state = vu.VringFd.unpack(payload, "SET_VRING_KICK")
-        ring = self._rings[state.index]
         if not state.has_fd:
             raise VhostUserError("vhost-user: SET_VRING_KICK without a descriptor: polling is not supported")
-        self._rings.stop(state.index)
-        ring.own("kick", _one(fds, state, "SET_VRING_KICK"))
-        self._after.append(lambda: self._rings.start(state.index))
+        self._rings.set_kick(state.index, _one(fds, state, "SET_VRING_KICK"))
 
     def _set_vring_call(self, payload: bytes, fds: list[int]) -> None:
         state = vu.VringFd.unpack(payload, "SET_VRING_CALL")
-        self._rings[state.index].own("call", _one(fds, state, "SET_VRING_CALL"))
+        self._rings.set_call(state.index, _one(fds, state, "SET_VRING_CALL"))
 
     def _set_vring_err(self, payload: bytes, fds: list[int]) -> None:
         state = vu.VringFd.unpack(payload, "SET_VRING_ERR")
@@ -334,10 +342,6 @@ class VhostUserBackend:
     def _set_vring_enable(self, payload: bytes, fds: list[int]) -> None:
         state = vu.VringState.unpack(payload, "SET_VRING_ENABLE")
         self._rings[state.index].enabled = bool(state.value)
-        if state.value:
-            self._after.append(lambda: self._rings.start(state.index))
-        else:
-            self._rings.stop(state.index)
 
     def _set_backend_req_fd(self, payload: bytes, fds: list[int]) -> None:
         if len(fds) != 1:
@@ -349,11 +353,12 @@ class VhostUserBackend:
 
     def _get_config(self, payload: bytes, fds: list[int]) -> bytes:
         asked = vu.ConfigSpace.unpack(payload, "GET_CONFIG")
-        return vu.ConfigSpace(asked.offset, asked.size, 0, self.device.read_config(asked.offset, asked.size)).pack()
+        shown = self.device.read_config(asked.offset, asked.size)
+        return vu.ConfigSpace(asked.offset, asked.size, 0, shown.ljust(len(asked.data), b"\0")).pack()
 
     def _set_config(self, payload: bytes, fds: list[int]) -> None:
         asked = vu.ConfigSpace.unpack(payload, "SET_CONFIG")
-        self.device.write_config(asked.offset, asked.data)
+        self.device.write_config(asked.offset, asked.data[: asked.size])
 
     # -- the host's side ------------------------------------------------------------------------------------------
 
@@ -364,15 +369,25 @@ class VhostUserBackend:
             self.deliver()
 
     def deliver(self) -> None:
-        """Notify the driver of whatever the device has to say."""
+        """Notify the driver of whatever the device has to say.
+
+        A config change waits until a ring runs: told of one while its driver is reset or stopped, QEMU 11.1 dies.
+        """
         self._rings.call()
-        if self._request is not None and self.device.take_config_change():
+        if self._request is not None and self.running and self.device.take_config_change():
             try:
                 self._request.send(vu.pack_message(vu.BackendRequest.CONFIG_CHANGE))
             except BlockingIOError:
                 pass  # notifications that were not read yet are pending: it will look at the config space
             except OSError as error:  # the front end is gone, which its socket will say
                 log.info("vhost-user: config change not delivered: %s", error)
+
+    def resume(self, bases: dict[int, int]) -> None:
+        """Expect the driver whose state was loaded into the device, with rings that start at these bases by number.
+
+        Call it from `on_memory`. A ring that starts elsewhere is taken for another driver's, which begins afresh.
+        """
+        self._rings.resume(bases)
 
     def hold(self) -> None:
         """Serve no queue until `release`: the VM is paused."""
@@ -408,8 +423,13 @@ _HANDLERS: dict[int, _Handler] = {
     Request.GET_FEATURES: VhostUserBackend._get_features,
     Request.SET_FEATURES: VhostUserBackend._set_features,
     Request.SET_OWNER: VhostUserBackend._nothing,
-    Request.RESET_OWNER: VhostUserBackend._nothing,
+    Request.RESET_OWNER: VhostUserBackend._reset_owner,
+    Request.RESET_DEVICE: VhostUserBackend._reset_device,
+    Request.SET_STATUS: VhostUserBackend._set_status,
     Request.SET_MEM_TABLE: VhostUserBackend._set_mem_table,
+    Request.GET_MAX_MEM_SLOTS: VhostUserBackend._get_max_mem_slots,
+    Request.ADD_MEM_REG: VhostUserBackend._add_mem_reg,
+    Request.REM_MEM_REG: VhostUserBackend._rem_mem_reg,
     Request.SET_VRING_NUM: VhostUserBackend._set_vring_num,
     Request.SET_VRING_ADDR: VhostUserBackend._set_vring_addr,
     Request.SET_VRING_BASE: VhostUserBackend._set_vring_base,
