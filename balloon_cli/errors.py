@@ -6,12 +6,15 @@ import errno
 import resource
 
 from host_qemu_side.migration import Cancelled
+from vring.decode import visible
 from vring.errors import NAMED_WRONG, DeviceError, DriverError, MissingFacility, PeerVanished, UsageError, VirtioError
 
 __all__ = ["INTERRUPTED", "INVARIANT", "OK", "InvariantFailed", "exit_code", "message"]
 
 OK, INVARIANT, USAGE, MISSING, PROTOCOL, VANISHED, INTERRUPTED = 0, 1, 2, 3, 4, 5, 130
 
+MOST = 8000
+"""Characters of a message; what others say in it is shorter."""
 _TODO = {
     errno.EMFILE: "allow more open files with ulimit -n",
     errno.ENFILE: "close some programs",
@@ -45,7 +48,7 @@ def exit_code(error: BaseException) -> int:
 
 
 def message(error: BaseException) -> str:
-    """Return an error in one line, with what was noted about it on its way (`BaseException.add_note`)."""
+    """Return an error in one line, printable, with what was noted about it on its way (`BaseException.add_note`)."""
     text = str(error)
     if isinstance(error, MemoryError):
         text = f"there is not enough memory: {_TODO[errno.ENOMEM]}"
@@ -58,4 +61,4 @@ def message(error: BaseException) -> str:
         if error.errno in _TODO:
             text += f": {_TODO[error.errno]}"
     notes = [f"({note})" for note in getattr(error, "__notes__", ())]
-    return " ".join(" ".join([text, *notes]).split("\n"))
+    return visible(" ".join([text, *notes]).replace("\n", " "), MOST)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
@@ -16,6 +15,7 @@ import numpy.typing as npt
 
 from balloon_cli.errors import INVARIANT, MISSING, OK, USAGE, VANISHED
 from host_qemu_side.migration.stream import StreamError
+from vring.decode import parse_json
 from vring.errors import MissingFacility, PeerVanished, UsageError
 
 __all__ = ["read_back"]
@@ -34,7 +34,7 @@ def read_back(path: str, tick: Callable[[], None] = lambda: None) -> tuple[npt.N
     Returns
     -------
     tuple
-        The digest of each page (0 where there is none), and the result as ``balloon receive --json`` gives it.
+        The digest of each page of RAM in order, and the result as ``balloon receive --json`` gives it.
 
     Raises
     ------
@@ -61,8 +61,8 @@ def read_back(path: str, tick: Callable[[], None] = lambda: None) -> tuple[npt.N
                 why = err.read().decode(errors="replace").strip().removeprefix("balloon: ") or f"exit code {code}"
                 kind = {USAGE: UsageError, MISSING: MissingFacility, VANISHED: PeerVanished}.get(code, StreamError)
                 raise kind(f"the file does not read back: {why}")
-            facts = json.loads(out.read())
-        size = os.fstat(digests_fd).st_size
+            facts = parse_json(out.read(), "what `balloon receive` found", refusal=StreamError)
+        size = os.fstat(digests_fd).st_size // 8 * 8  # of one that broke off the oracle says how many are missing
         digests = np.frombuffer(os.pread(digests_fd, size, 0), dtype="<u8")
     finally:
         os.close(digests_fd)

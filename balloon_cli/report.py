@@ -101,7 +101,7 @@ def _comparison(result: dict[str, Any]) -> Table:
     title = (
         f"{format_size(result['memory_bytes'])} {result['guest']} guest, {result['workload']}, seed {result['seed']}"
     )
-    table = Table(title=title, title_justify="left", title_style="bold")
+    table = Table(title=Text(title, "bold"), title_justify="left")
     table.add_column("")
     for run in runs:
         table.add_column("with hints" if run["hints"] else "without hints", justify="right")
@@ -223,7 +223,7 @@ def print_migration(result: dict[str, Any], console: Console, *, verbose: int = 
 def print_reception(facts: dict[str, Any], console: Console) -> None:
     """Print the result of `balloon_cli.receive.receive_guest`."""
     title = f"{format_size(facts['memory_bytes'])} {facts['guest'] or ''} guest from {facts['from']}"
-    table = Table(title=title, title_justify="left", title_style="bold", show_header=False)
+    table = Table(title=Text(title, "bold"), title_justify="left", show_header=False)
     table.add_row("state", {"committed": "complete, handed over", "image": "a complete image"}[facts["state"]])
     table.add_row("pages with content", _pages(facts["pages_received"]))
     table.add_row("pages of zeros", _pages(facts["zero_pages_received"]))

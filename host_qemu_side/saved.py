@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Self
 
 from balloon_dev.features import QueueRole
+from balloon_dev.profiles import PROFILES
 from balloon_dev.saved import SavedDevice
 from host_qemu_side.migration.records import Header
 from host_qemu_side.migration.stream import StreamError
@@ -93,6 +94,8 @@ class SavedGuest:
         """
         said = Fields(value, "saved guest", refusal)
         device = SavedDevice.from_json(said.any("device"), refusal)
+        if device.profile not in PROFILES:
+            raise refusal(f"{said.what}: its device has a profile {quoted(device.profile)}, unknown here")
         return cls(device, SavedTransport.take(said.members("transport")), said.boolean("running", default=True))
 
     def to_json(self) -> dict[str, Any]:

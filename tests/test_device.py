@@ -6,6 +6,7 @@ A request goes onto a real queue; what is bad about it must come back used, be c
 from __future__ import annotations
 
 import copy
+import math
 
 import numpy as np
 import pytest
@@ -356,6 +357,17 @@ def test_save_and_load(bench):
         lambda s: s.update(ballooned=[[20, 1 << 40]]),
         lambda s: s.update(ballooned=[[20, -1]]),
         lambda s: s.update(ballooned=7),
+        lambda s: s.update(negotiated=math.inf),
+        lambda s: s.update(negotiated=math.nan),
+        lambda s: s.update(negotiated=True),
+        lambda s: s.update(negotiated=10**400),
+        lambda s: s.update(offered=math.inf),
+        lambda s: s.update(profile=["spec"]),
+        lambda s: s.update(ballooned=[[math.inf, 1]]),
+        lambda s: s.update(ballooned=[[0, 0]]),
+        lambda s: s["hinting"].update(command_id=math.inf),
+        lambda s: s["stats"].update(updates=math.inf),
+        lambda s: s["stats"]["values"].update({"stat-swap-in": math.nan}),
     ],
 )
 def test_malformed_saved_state(bench, change):
@@ -368,6 +380,14 @@ def test_malformed_saved_state(bench, change):
     with pytest.raises(UsageError):
         other.load(saved)
     assert other.save() == before
+
+
+def test_what_was_in_the_balloon_before_is_not_afterwards(bench):
+    bench.pfns(QueueRole.INFLATE, 20)
+    saved = bench.device.save()
+    bench.pfns(QueueRole.INFLATE, 30)
+    bench.device.load(saved)
+    assert bench.in_balloon() == [20]
 
 
 def test_state_that_is_no_object(bench):

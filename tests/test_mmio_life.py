@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 
 import numpy as np
 import pytest
@@ -235,11 +236,35 @@ def test_state_that_cannot_be_loaded():
             good | {"queues": [None] * 5},
             good | {"queues": [queue | {"base": 1 << 16}, *good["queues"][1:]]},
             good | {"queues": [queue | {"desc": -1}, *good["queues"][1:]]},
+            good | {"queues": [queue | {"size": math.inf}, *good["queues"][1:]]},
+            good | {"queues": [*good["queues"][:4], queue | {"used": 10**400}]},
+            good | {"queues": [*good["queues"][:4], queue | {"ready": 1}]},
+            good | {"features": math.inf},
+            good | {"features": math.nan},
+            good | {"status": 256},
+            good | {"selected": good["selected"] | {"queue": math.inf}},
         ]:
             mmio = MmioDevice(BalloonDevice(pair.device.offered_features), pair.memory)
+            mmio.write(R.Status, 4, 3)
             with pytest.raises(UsageError):
                 mmio.load(wrong)
-            assert mmio.status == 0
+            assert (mmio.status, mmio.held, mmio.device.negotiated) == (0, False, 0)
+            assert mmio.save()["queues"] == MmioDevice(mmio.device, pair.memory).save()["queues"]
+
+
+def test_state_is_not_loaded_while_a_queue_is_served():
+    with MmioPair(on_notify=False) as pair:
+        saved, refused = pair.mmio.save(), []
+
+        def discard(addr, length):
+            with pytest.raises(UsageError, match="while a queue is being served") as caught:
+                pair.mmio.load(saved)
+            refused.append(caught)
+
+        pair.device.discard = discard
+        pair.target(100)
+        assert refused
+        assert pair.device.ballooned_pages == 100
 
 
 @pytest.mark.parametrize("attached", [False, True], ids=["probed", "attached"])

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import errno
+import mmap
 import os
+import resource
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -14,8 +17,8 @@ from host_qemu_side.migration.records import Ready
 from host_qemu_side.migration.stream import VERSION, Kind, Record, StreamError, StreamReader, StreamWriter
 from vring import bitmap
 from vring.contents import digests_of
-from vring.errors import MissingFacility
-from vring.memory import GuestMemory
+from vring.errors import MissingFacility, UsageError
+from vring.memory import Backing, GuestMemory
 
 REGIONS = [[0, 64 << 12], [128 << 12, 64 << 12]]
 HEADER = {"version": VERSION, "page_size": 4096, "hand_over": True, "regions": REGIONS}
@@ -185,6 +188,70 @@ def test_digests_do_not_allocate():
         memory.write(5 << 12, b"x")
         assert np.flatnonzero(digests_of(memory)).tolist() == [5]
         assert bitmap.pages_of(populated(memory)).tolist() == [5]
+
+
+@pytest.mark.parametrize("kind", ["memfd", "buffers", "hugetlb"])
+def test_into_memory_that_somebody_gives(kind):
+    """Its content goes, what arrives is there; it stays the giver's."""
+    if kind == "buffers":
+        memory = GuestMemory.from_buffers([(gpa, mmap.mmap(-1, size)) for gpa, size in REGIONS])
+    else:
+        memory = GuestMemory.create(REGIONS)
+    if kind == "hugetlb":  # as such memory looks to whoever asks: it can be written through its mapping alone
+        memory.regions = tuple(replace(region, backing=Backing.HUGETLB) for region in memory.regions)
+    with memory:
+        memory.write(7 << 12, b"old")
+        memory.write(130 << 12, b"old")
+        there = Receiver(memory=memory)
+        for each in (record(Kind.HEADER), record(Kind.PAGES, {1: b"a", 63: b"b", 128: b"c"}), record(Kind.ZERO, [1])):
+            there.handle(each)
+        assert there.memory is memory
+        expected = bytearray(memory.size)
+        expected[63 << 12 : 65 << 12] = b"b" * 4096 + b"c" * 4096
+        assert memory.read(0, 64 << 12) + memory.read(128 << 12, 64 << 12) == expected
+
+
+@pytest.mark.parametrize("regions", [[[0, 64 << 12]], [[0, 64 << 12], [128 << 12, 65 << 12]], [[0, 128 << 12]]])
+def test_memory_of_another_shape(regions):
+    with GuestMemory.create(REGIONS) as memory:
+        memory.write(0, b"old")
+        there = Receiver(memory=memory)
+        with pytest.raises(StreamError, match=r"RAM at 0x0\+0x\w+.*, here is 0x0\+0x40000, 0x80000\+0x40000"):
+            there.handle(record(Kind.HEADER, regions=regions))
+        assert there.state is ReceiverState.HEADER
+        assert memory.read(0, 3) == b"old"
+
+
+def test_memory_that_cannot_be_had_is_lacking_here():
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, hard))
+    try:
+        with pytest.raises(MissingFacility, match="cannot make 2097152 bytes of guest memory: File too large"):
+            receiver(regions=[[0, 2 << 20]])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_guest_is_refused_before_there_is_memory_for_it():
+    def no(header):
+        raise UsageError(f"no {header.guest} here, nor {header.size} bytes")
+
+    there = Receiver(on_header=no)
+    with pytest.raises(UsageError, match="no linux here, nor 524288 bytes"):
+        there.handle(record(Kind.HEADER, guest="linux"))
+    assert there.memory is None
+
+
+def test_what_arrived_is_refused_before_ready():
+    def no(there):
+        raise UsageError(f"no use for {dict(there.device_state)}")
+
+    there = Receiver(inspect=no)
+    for each in (record(Kind.HEADER), record(Kind.STATE, {"a": 1})):
+        there.handle(each)
+    with pytest.raises(UsageError, match=r"no use for \{'a': 1\}"):
+        there.handle(record(Kind.END))
+    assert there.state is ReceiverState.STATE
 
 
 def test_pages_are_stored_however_little_is_taken_at_a_time(monkeypatch):

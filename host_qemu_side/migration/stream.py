@@ -88,7 +88,7 @@ class Kind(IntEnum):
 
 
 _SMALL = 1 << 16
-LIMITS = {
+LIMITS: dict[int, int] = {
     **dict.fromkeys(Kind, _SMALL),
     Kind.PAGES: _PAGES.size + MAX_PAGES * (_RUN.itemsize + PAGE),
     Kind.ZERO: _PAGES.size + MAX_ZEROS * _RUN.itemsize,
@@ -309,9 +309,14 @@ class StreamReader:
             if self._have < magic + HEADER_SIZE:
                 return None
             kind, flags, sequence, length, checksum = _HEADER.unpack_from(self._take(magic + HEADER_SIZE), magic)
-            if flags or length > LIMITS.get(kind, -1):
+            if flags or kind not in LIMITS:
                 raise StreamError(
-                    f"stream damaged at record {self._sequence}: type {kind}, flags {flags}, {length} bytes",
+                    f"stream damaged at record {self._sequence}: type {kind}, flags {flags}", index=self._sequence
+                )
+            if length > LIMITS[kind]:
+                raise StreamError(
+                    f"stream damaged at record {self._sequence}: {Kind(kind).name} of {length} bytes, at most "
+                    f"{LIMITS[kind]} are taken",
                     index=self._sequence,
                 )
             if sequence != self._sequence:
