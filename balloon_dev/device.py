@@ -6,7 +6,6 @@ given up, or with the elements of the free page queue is the embedder's: `hint_s
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,10 +17,12 @@ from balloon_dev.features import ALL_BALLOON_FEATURES, DEVICE_ID, RING_FEATURES,
 from balloon_dev.hinting import Action, HintEvent, HintRun
 from balloon_dev.profiles import SPEC, Profile
 from balloon_dev.requests import MAX_REQUEST_BYTES, Discard, HintSink, LearnsDeflate, Requests, RingTap
+from balloon_dev.rules import Rule
 from balloon_dev.saved import SavedDevice
 from vring import bitmap
 from vring.dirty.software import SoftwareDirtyLog
 from vring.errors import DriverError, UsageError, quoted
+from vring.features import Status
 from vring.memory import PAGE_SHIFT, PAGE_SIZE, GuestMemory
 from vring.split import DeviceQueue
 
@@ -88,9 +89,8 @@ class BalloonDevice(Requests):
         """Where the device logs what it writes itself: used rings and discarded pages."""
         self.config = BalloonConfig(features)
         self.hinting = HintRun(profile)
-        self.bad_requests: Counter[str] = Counter()
-        """Requests returned without effect, by reason."""
         self.negotiated = 0
+        self._status = Status.RESET  # stays so where the transport does not tell
         self._numbered_for: tuple[int, int] | None = None
         self._by_role: dict[QueueRole, int] = {}
         self._by_number: dict[int, QueueRole] = {}
@@ -146,11 +146,23 @@ class BalloonDevice(Requests):
 
     def write_config(self, offset: int, data: bytes) -> None:
         """Store actual or poison_val; everything else is read-only for the driver."""
+        poison, status = self.config[POISON_VAL], self._status
         written = self.config.write(offset, data)
         if written is None:
-            self.bad_requests["config write to a read-only field"] += 1
+            self._bad(Rule.CONFIG_READ_ONLY)
         elif POISON_VAL in written:
             self._poison_told = True
+        if status & Status.DRIVER and not status & (Status.FEATURES_OK | Status.DRIVER_OK):
+            self._bad(Rule.CONFIG_UNSETTLED)
+        if status & Status.DRIVER_OK and self.config[POISON_VAL] != poison:
+            self._bad(Rule.POISON_CHANGED)
+
+    def set_status(self, status: Status) -> None:
+        """Learn how far the driver is, where the transport is told: some rules can be judged only then."""
+        begins = status & ~self._status & Status.DRIVER_OK
+        if begins and not status & Status.FEATURES_OK:
+            self._bad(Rule.FEATURES_NOT_CONFIRMED)
+        self._status = status
 
     def new_driver(self, index: int, *, sure: bool) -> None:
         """Forget what went with a queue of the driver before: another one sets it up, without a reset in between.
@@ -225,6 +237,7 @@ class BalloonDevice(Requests):
         self._calls.clear()
         self._held_stats = None
         self.negotiated = 0
+        self._status = Status.RESET
         self._forget(QueueRole.STATS)
         self._forget(QueueRole.FREE_PAGE)
         self._forget_balloon(sure=True)

@@ -16,6 +16,7 @@ from enum import Enum, auto
 from typing import Any, Self
 
 from balloon_dev.profiles import Profile
+from balloon_dev.rules import Late, Rule
 from vring.decode import U32, Fields, Refusal
 from vring.errors import UsageError
 
@@ -142,6 +143,9 @@ class HintRun:
         """Id of the current or last run (before the first run: the counter's start)."""
         self.resets = 0
         """How often a driver was gone: a run that went on then ended without the guest."""
+        self._issued = 0
+        self._driver_id: int | None = None  # with which the driver opened a run last
+        self._driver_sends = False  # whether the driver's last command opened a run, by its own lights
 
     def handle(self, event: HintEvent) -> Action:
         """Let `event` happen; return what the device has to do."""
@@ -149,8 +153,10 @@ class HintRun:
         self.state = transition.next
         if transition.action is Action.NEW_ID:
             self.command_id = self.profile.id_min if self.command_id >= self.profile.id_max else self.command_id + 1
+            self._issued += 1
         elif event is HintEvent.RESET:
             self.resets += 1
+            self._driver_id, self._driver_sends = None, False
         return transition.action
 
     def guest_command(self, command_id: int) -> Action:
@@ -162,6 +168,36 @@ class HintRun:
         take no notice of one that it has answered before.
         """
         self.command_id = self.profile.id_min + secrets.randbelow(self.profile.id_max - self.profile.id_min + 1)
+        self._issued = 0
+
+    def judge_command(self, command_id: int) -> Rule | Late | None:
+        """Tell what is wrong with a command, before `guest_command` lets it happen; None: nothing."""
+        before, self._driver_id, self._driver_sends = self._driver_id, None, False
+        if command_id == CMD_ID_STOP:
+            self._driver_id = before
+            return None if self.state is HintState.START else Late.COMMAND
+        if not self._was_issued(command_id):
+            return Rule.HINT_COMMAND_ID
+        self._driver_id, self._driver_sends = command_id, True
+        if command_id == before:
+            return Rule.HINT_ID_TWICE
+        if self.state is HintState.START:
+            return Rule.HINT_COMMAND_ID
+        return None if self.state is HintState.REQUESTED and command_id == self.command_id else Late.COMMAND
+
+    def judge_pages(self) -> Rule | Late | None:
+        """Tell what is wrong with pages that come now; None: nothing."""
+        if self.state is HintState.START:
+            return None
+        return Late.HINT if self._driver_sends else Rule.HINT_OUTSIDE_RUN
+
+    def _was_issued(self, command_id: int) -> bool:
+        inside = self.profile.id_min <= command_id <= self.profile.id_max
+        return inside and (self.command_id - command_id) % self._ids < self._issued
+
+    @property
+    def _ids(self) -> int:
+        return self.profile.id_max - self.profile.id_min + 1
 
     @property
     def active(self) -> bool:
@@ -184,3 +220,7 @@ class HintRun:
     def load(self, saved: SavedHints) -> None:
         """Take over saved state."""
         self.state, self.command_id = saved.state, saved.command_id
+        # What the driver has sent is not told: it gets the benefit of the doubt.
+        self._issued = (saved.command_id - self.profile.id_initial) % self._ids
+        self._driver_id = saved.command_id if saved.state is HintState.START else None
+        self._driver_sends = True

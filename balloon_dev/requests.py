@@ -1,7 +1,7 @@
 """What the buffers on each queue mean to a balloon device: hints, PFNs, reports, statistics.
 
-Whatever is merely a bad request is counted and returned without effect; the queue lives on. Taking buffers off the
-rings and giving them back is `balloon_dev.device`'s.
+Whatever is merely a bad request, or late, is counted and returned without effect; the queue lives on. Taking buffers
+off the rings and giving them back is `balloon_dev.device`'s.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ import numpy.typing as npt
 
 from balloon_dev.config import POISON_VAL, BalloonConfig
 from balloon_dev.features import BalloonFeature, QueueRole
-from balloon_dev.hinting import Action, HintEvent, HintRun
+from balloon_dev.hinting import HintEvent, HintRun
+from balloon_dev.rules import BadRequest, Late, Rule
 from balloon_dev.stats import ENTRY, MAX_ENTRIES, GuestStats
 from vring import bitmap
 from vring.dirty.software import SoftwareDirtyLog
@@ -60,7 +61,6 @@ class Requests:
 
     config: BalloonConfig
     hinting: HintRun
-    bad_requests: Counter[str]
     negotiated: int
     host_page: int
     discard: Discard | None
@@ -74,7 +74,12 @@ class Requests:
         self.stats = GuestStats()
         """The guest's memory statistics as it sent them last."""
         self.counters: Counter[str] = Counter()
-        """What was done since the device was made: pages inflated and deflated, bytes reported and discarded."""
+        """What was done since the device was made: pages inflated and deflated, bytes reported and discarded, unknown
+        statistics skipped (balloon.stats.device-1)."""
+        self.bad_requests: Counter[BadRequest] = Counter()
+        """Requests returned without effect, by the rule they break and the queue."""
+        self.late: Counter[Late] = Counter()
+        """Buffers returned without effect because their run was over: no offence of the driver's."""
         self._held_stats: int | None = None
         self._poison_told = False
 
@@ -87,6 +92,16 @@ class Requests:
             parts.append(self._memory.read(int(seg["addr"]), length))
             left = None if left is None else left - length
         return b"".join(parts)
+
+    def _bad(self, rule: Rule, role: QueueRole | None = None, times: int = 1) -> None:
+        self.bad_requests[BadRequest(rule, role)] += times
+
+    def _judged(self, verdict: Rule | Late | None, times: int = 1) -> None:
+        """Count what the hint run finds wrong."""
+        if isinstance(verdict, Late):
+            self.late[verdict] += times
+        elif verdict is not None:
+            self._bad(verdict, QueueRole.FREE_PAGE, times)
 
     def _publish(self, *, notify: bool = True) -> None:
         """Show the state of the hint run in the config space."""
@@ -120,20 +135,22 @@ class Requests:
     def _hint_command(self, chain: Any, segs: npt.NDArray[Any]) -> None:
         first, count = int(chain["first_seg"]), int(chain["n_segs"])
         if int(chain["readable"]) != 4 or int(chain["n_readable"]) != count:
-            self.bad_requests["hint command that is not exactly 4 readable bytes"] += 1  # balloon.hint.driver-1
+            self._bad(Rule.HINT_COMMAND_SIZE, QueueRole.FREE_PAGE)
             return
         command_id = int.from_bytes(self._gather(segs[first : first + count]), "little")
         if self.tap is not None:
             self.tap.command(command_id)
-        if self.hinting.guest_command(command_id) is Action.IGNORE:
-            self.bad_requests["hint command without effect in this state"] += 1
+        self._judged(self.hinting.judge_command(command_id))
+        self.hinting.guest_command(command_id)
         self._publish(notify=False)  # START and STOP may read differently; the driver caused it and needs no interrupt
 
     def _hint_pages(self, addr: U64, length: U64) -> None:
         if self.tap is not None:
             self.tap.pages(addr, length)
-        if self.hinting.handle(HintEvent.GUEST_PAGES) is not Action.APPLY:
-            self.bad_requests["hint outside a run"] += len(addr)
+        verdict = self.hinting.judge_pages()
+        self.hinting.handle(HintEvent.GUEST_PAGES)
+        if verdict is not None:
+            self._judged(verdict, len(addr))
         elif self.hint_sink is not None:
             self.hint_sink(self.hinting.command_id, addr, length)
 
@@ -142,18 +159,18 @@ class Requests:
     def _pfn_request(self, role: QueueRole, segs: npt.NDArray[Any], chain: Any) -> None:
         """One array of 32-bit little-endian PFNs of 4096 bytes, however it is cut into descriptors."""
         if int(chain["n_readable"]) != len(segs) or int(chain["readable"]) > MAX_REQUEST_BYTES:
-            self.bad_requests[f"{role.value}: buffer that is writable or too long"] += 1
+            self._bad(Rule.PFNS_BUFFER, role)
             return
         data = self._gather(segs)
         if len(data) % 4:
-            self.bad_requests[f"{role.value}: length that is no multiple of 4"] += 1
+            self._bad(Rule.PFNS_LENGTH, role)
         pfns = np.unique(np.frombuffer(data, dtype="<u4", count=len(data) // 4).astype(np.uint64))
         assert self._memory is not None
         inside = np.zeros(len(pfns), dtype=np.bool_)
         for region in self._memory.regions:
             inside |= (pfns >= region.gpa >> PAGE_SHIFT) & (pfns < region.end >> PAGE_SHIFT)
         if not inside.all():
-            self.bad_requests[f"{role.value}: PFN outside RAM"] += int((~inside).sum())
+            self._bad(Rule.PFN_OUTSIDE_RAM, role, int((~inside).sum()))
             pfns = pfns[inside]
         if not len(pfns):
             return
@@ -188,14 +205,13 @@ class Requests:
         does: what comes back would not hold that value (balloon.report.device-2). One range that is not made of whole
         host pages makes the whole report a bad request.
         """
-        name = QueueRole.REPORTING.value
         if int(chain["n_readable"]) or len(segs) > MAX_REPORT_RANGES:
-            self.bad_requests[f"{name}: report that is readable or has more than {MAX_REPORT_RANGES} ranges"] += 1
+            self._bad(Rule.REPORT_BUFFER, QueueRole.REPORTING)
             return
         addr, length = segs["addr"].astype(np.uint64), segs["len"].astype(np.uint64)
         mask = np.uint64(max(self.host_page, PAGE_SIZE) - 1)
         if ((addr | length) & mask).any() or not length.all():
-            self.bad_requests[f"{name}: range that is not made of whole host pages"] += 1
+            self._bad(Rule.REPORT_RANGE, QueueRole.REPORTING)
             return
         self.counters["bytes reported"] += int(length.sum())
         if not self.poison_val and not self.poison_unknown:
@@ -207,14 +223,17 @@ class Requests:
         """Take in a statistics buffer and hold it. Return heads to give back: its own if it is no good, or the one
         held before, since a driver may have only one with the device (balloon.stats.driver-1).
         """
-        head, name = int(chain["head"]), QueueRole.STATS.value
+        head = int(chain["head"])
         if int(chain["n_readable"]) != len(segs):
-            self.bad_requests[f"{name}: buffer that is writable"] += 1
+            self._bad(Rule.STATS_WRITABLE, QueueRole.STATS)
             return [head]
-        for what, times in self.stats.take(self._gather(segs, _STATS_BYTES)).items():
-            self.bad_requests[f"{name}: {what}"] += times
+        broken, unknown = self.stats.take(self._gather(segs, _STATS_BYTES))
+        for rule in broken:
+            self._bad(rule, QueueRole.STATS)
+        if unknown:
+            self.counters["unknown statistics"] += unknown
         before, self._held_stats = self._held_stats, head
         if before is None:
             return []
-        self.bad_requests[f"{name}: more than one buffer"] += 1
+        self._bad(Rule.STATS_BUFFERS, QueueRole.STATS)
         return [before]

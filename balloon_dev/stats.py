@@ -6,13 +6,13 @@ holds which buffer is the device's business (`balloon_dev.requests`); here are o
 
 from __future__ import annotations
 
-from collections import Counter
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any, Self
 
 import numpy as np
 
+from balloon_dev.rules import Rule
 from vring.decode import Fields, Refusal
 from vring.errors import UsageError, quoted
 
@@ -93,7 +93,7 @@ class GuestStats:
         self.values = {}
         self.updates = 0
 
-    def take(self, data: bytes) -> Counter[str]:
+    def take(self, data: bytes) -> tuple[list[Rule], int]:
         """Take the figures of one buffer; entries in any order, the last of several with one tag counts.
 
         Parameters
@@ -103,25 +103,25 @@ class GuestStats:
 
         Returns
         -------
-        Counter
-            What was wrong with it, in words: a broken length, unknown tags (balloon.stats.device-1), too many entries.
+        broken, unknown
+            Rules that the buffer breaks, and how many entries were skipped for their tag (balloon.stats.device-1).
         """
-        wrong: Counter[str] = Counter()
+        broken, unknown = [], 0
         whole, rest = divmod(len(data), ENTRY.itemsize)
         if rest:
-            wrong["length that is no multiple of 10"] += 1
+            broken.append(Rule.STATS_LENGTH)
         if whole > MAX_ENTRIES:
-            wrong[f"more than {MAX_ENTRIES} entries"] += 1
+            broken.append(Rule.STATS_ENTRIES)
         entries = np.frombuffer(data, ENTRY, min(whole, MAX_ENTRIES))
         values = {}
         for tag, value in zip(entries["tag"].tolist(), entries["value"].tolist(), strict=True):
             if tag in STAT_NAMES:
                 values[STAT_NAMES[StatTag(tag)]] = value
             else:
-                wrong["unknown tag"] += 1
+                unknown += 1
         self.values = values
         self.updates += 1
-        return wrong
+        return broken, unknown
 
     def save(self) -> SavedStats:
         """Return what a migration carries."""

@@ -19,7 +19,8 @@ def settle() -> None:
     """Tell the driver what changed on the host's side, and let it work until it rests."""
     registers.deliver()
     driver.interrupt(transport.interrupts())
-    while driver.step():
+    while driver.step() or registers.waiting:
+        registers.poll()
         driver.interrupt(transport.interrupts())
 
 

@@ -113,6 +113,8 @@ def main() -> None:
     queue.add(segs, [1, 2, 3, 4], [1, 1, 1, 1])
     if queue.publish():
         write(Register.QueueNotify, 0)
+    while mmio.waiting:
+        mmio.poll()
     write(Register.InterruptACK, mmio.read(Register.InterruptStatus, 4))
     tokens, lens = queue.collect()
     for token, length in zip(tokens.tolist(), lens.tolist(), strict=True):

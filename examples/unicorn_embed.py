@@ -79,6 +79,8 @@ class Machine:
             if self.cpu.reg_read(self.pc) == self.end:
                 return True
             self.cpu.emu_start(self.cpu.reg_read(self.pc), self.end, count=SLICE)
+            if self.mmio.waiting:  # a notification brought more than is served in one register write
+                self.mmio.poll()
         return False
 
 

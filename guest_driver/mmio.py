@@ -15,7 +15,7 @@ from vring.mmio_registers import (
     MAGIC,
     QUEUE_SETTINGS,
     REGISTER_BYTES,
-    VERSION,
+    VERSIONS,
     Interrupt,
     Register,
 )
@@ -70,9 +70,10 @@ class MmioTransport(RegisterTransport):
         if magic != MAGIC:
             raise NoDeviceError(f"MagicValue reads {magic:#x}, not {MAGIC:#x}", clause="mmio.regs.driver-6")
         version = self._get(Register.Version)
-        if version != VERSION:
+        if version not in VERSIONS:  # no difference between these: every reset is waited for
+            known = " or ".join(map(str, VERSIONS))
             legacy = ": a legacy device (for QEMU: -global virtio-mmio.force-legacy=false)" if version == 1 else ""
-            raise NoDeviceError(f"Version reads {version}, not {VERSION}{legacy}", clause="mmio.regs.driver-8")
+            raise NoDeviceError(f"Version reads {version}, not {known}{legacy}", clause="mmio.regs.driver-8")
         self.device_id = self._get(Register.DeviceID)
         """Virtio device type."""
         if not self.device_id:

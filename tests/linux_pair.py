@@ -14,6 +14,7 @@ from balloon_dev.device import BalloonDevice
 from balloon_dev.features import ALL_BALLOON_FEATURES, RING_FEATURES, QueueRole
 from balloon_dev.hinting import HintState
 from balloon_dev.profiles import LINUX
+from balloon_dev.rules import BadRequest, Rule
 from host_qemu_side.discard.current import CurrentDiscarder
 from host_qemu_side.linux_guest import LinuxGuest, tags
 from host_qemu_side.linux_guest.handle import LinuxGuestHandle
@@ -26,8 +27,9 @@ PAGE = 4096
 BLOCK = 4 * MIB
 ALL = ALL_BALLOON_FEATURES | RING_FEATURES
 NONCE = 77
-RACES = {"hint outside a run", "hint command without effect in this state"}
-"""What a guest may send because it has not heard of STOP or DONE yet."""
+RACES = {BadRequest(rule, QueueRole.FREE_PAGE) for rule in (Rule.HINT_OUTSIDE_RUN, Rule.HINT_COMMAND_ID)}
+"""Rules Linux breaks: it reads the id a second time when it opens a run, and a STOP or DONE in between makes it open
+one under id 0 or 1."""
 PLATFORM = "/sys/bus/platform/drivers/virtio-uml"
 VIRTIO = "/sys/bus/virtio/drivers/virtio_balloon"
 

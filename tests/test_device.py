@@ -50,15 +50,19 @@ class Bench:
         self.discarded += zip(addr.tolist(), length.tolist(), strict=True)
 
     def send(self, role, *segs):
-        """One buffer of segments ``(bytes or None for pages, addr, length)``; returns how often requests were bad."""
-        before = self.device.bad_requests.total()
+        """One buffer of segments ``(bytes or None for pages, addr, length)``; returns what had no effect."""
+        before = self.without_effect
         queue, index = self.queues[role], self.device.queue_number(role)
         queue.add([(a, n, f) for a, n, f in segs], [1], [len(segs)])
         queue.publish()
         assert self.device.process(index) == 1
         assert queue.collect()[0].tolist() == [1]
         assert index in self.device.take_calls()
-        return self.device.bad_requests.total() - before
+        return self.without_effect - before
+
+    @property
+    def without_effect(self):
+        return self.device.bad_requests.total() + self.device.late.total()
 
     def command(self, command_id, size=4):
         self.memory.write(DATA, command_id.to_bytes(8, "little"))

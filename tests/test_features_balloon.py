@@ -6,6 +6,7 @@ from features_pair import ALL, Pair
 
 from balloon_dev.config import ACTUAL, NUM_PAGES
 from balloon_dev.features import BalloonFeature, QueueRole
+from balloon_dev.rules import BadRequest, Rule
 from guest_driver.balloon import Request
 from guest_driver.balloon.state import RETRY_DELAY
 from guest_driver.memory_manager import HINT_ORDER, Alloc, Owner
@@ -135,7 +136,7 @@ def test_config_space_is_written_only_where_it_may_be():
         pair.device.write_config(8, b"\xff" * 4)
         pair.device.write_config(200, b"\xff" * 4)
         assert pair.device.read_config(0, 16) == before
-        assert pair.device.bad_requests == {"config write to a read-only field": 3}
+        assert pair.device.bad_requests == {BadRequest(Rule.CONFIG_READ_ONLY): 3}
         generation = pair.device.config_generation
         pair.device.set_target(78)
         assert pair.device.config_generation != generation  # and a constant generation (48)
@@ -387,10 +388,9 @@ def test_bad_pfns_are_left_out_and_the_queue_lives_on(role, pieces):
         pfns = np.array([0xFFFFFFFF, 16384, 16383, 16383, 5000, 4999], "<u4")
         post(pair, role, pfns.tobytes() + b"\x01", pieces=pieces)
         inside = {16383, 5000, 4999}
-        name = role.value
         assert pair.device.bad_requests == {
-            f"{name}: PFN outside RAM": 2,
-            f"{name}: length that is no multiple of 4": 1,
+            BadRequest(Rule.PFN_OUTSIDE_RAM, role): 2,
+            BadRequest(Rule.PFNS_LENGTH, role): 1,
         }
         if role is QueueRole.INFLATE:
             assert pair.device.ballooned_pages == 13

@@ -6,6 +6,7 @@ from features_pair import ALL, MIB, Pair
 
 from balloon_dev.config import POISON_VAL
 from balloon_dev.features import BalloonFeature, QueueRole
+from balloon_dev.rules import BadRequest, Rule
 from guest_driver.balloon.state import REPORT_DELAY, REPORT_RANGES
 from guest_driver.memory_manager import HINT_ORDER, Alloc, Owner
 from vring.dirty.software import SoftwareDirtyLog
@@ -217,7 +218,7 @@ def test_unaligned_report_has_no_effect(ranges):
         pair.settle()
         assert post(pair, ranges) == 1
         assert pair.discarded == []
-        assert pair.device.bad_requests == {"reporting_vq: range that is not made of whole host pages": 1}
+        assert pair.device.bad_requests == {BadRequest(Rule.REPORT_RANGE, QueueRole.REPORTING): 1}
         pair.settle(now=2.0)
         assert pair.discarded  # the queue lives on
 

@@ -6,6 +6,7 @@ from features_pair import ALL, Pair
 
 from balloon_dev.device import BalloonDevice
 from balloon_dev.features import BalloonFeature, QueueRole
+from balloon_dev.rules import BadRequest, Rule
 from balloon_dev.stats import ENTRY, MAX_ENTRIES, STAT_NAMES, SavedStats, StatTag
 from guest_driver.memory_manager import Owner
 from vring.errors import UsageError
@@ -98,7 +99,8 @@ def test_any_order_and_unknown_tags(pair):
     pair.queue(STATS).collect()
     expose(pair, entries((15, 1), (77, 2), (4, 3), (0xFFFF, 4)), pieces=7)
     assert pair.device.stats.values == {"stat-direct-reclaims": 1, "stat-free-memory": 3}
-    assert pair.device.bad_requests == {"statsq: unknown tag": 2}
+    assert pair.device.bad_requests == {}
+    assert pair.device.counters["unknown statistics"] == 2
 
 
 @pytest.mark.parametrize("extra", [1, 5, 6, 9])
@@ -107,7 +109,7 @@ def test_odd_length_counts_whole_entries(pair, extra):
     pair.queue(STATS).collect()
     expose(pair, entries((4, 9)) + bytes(extra))
     assert pair.device.stats.values == {"stat-free-memory": 9}
-    assert pair.device.bad_requests == {"statsq: length that is no multiple of 10": 1}
+    assert pair.device.bad_requests == {BadRequest(Rule.STATS_LENGTH, QueueRole.STATS): 1}
 
 
 def test_too_many_entries_are_not_looked_at(pair):
@@ -116,7 +118,7 @@ def test_too_many_entries_are_not_looked_at(pair):
     pair.queue(STATS).collect()
     expose(pair, entries(*[(4, 1)] * MAX_ENTRIES, (5, 2), (6, 3)))
     assert pair.device.stats.values == {"stat-free-memory": 1}
-    assert pair.device.bad_requests == {f"statsq: more than {MAX_ENTRIES} entries": 1}
+    assert pair.device.bad_requests == {BadRequest(Rule.STATS_ENTRIES, QueueRole.STATS): 1}
 
 
 def test_writable_buffer_is_returned_without_effect(pair):
@@ -126,12 +128,12 @@ def test_writable_buffer_is_returned_without_effect(pair):
     expose(pair, bytes(20), flags=SEG_WRITE)
     assert pair.device.stats.values == before
     assert len(pair.queue(STATS).collect()[0]) == 1
-    assert pair.device.bad_requests == {"statsq: buffer that is writable": 1}
+    assert pair.device.bad_requests == {BadRequest(Rule.STATS_WRITABLE, QueueRole.STATS): 1}
 
 
 def test_second_buffer_sends_the_first_one_back(pair):
     expose(pair, entries((5, 5)))
-    assert pair.device.bad_requests == {"statsq: more than one buffer": 1}
+    assert pair.device.bad_requests == {BadRequest(Rule.STATS_BUFFERS, QueueRole.STATS): 1}
     assert pair.device.stats.values == {"stat-total-memory": 5}
     assert pair.queue(STATS).collect()[0].tolist() == [0]
     assert pair.device.held_buffers(2) == 1

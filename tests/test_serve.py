@@ -312,7 +312,7 @@ def test_device_in_detail(served, client):
     assert free["live"]
     assert free["next-avail"] == free["used-idx"] == free["avail-idx"] > 5
     assert (free["waiting"], free["in-flight"], free["broken"]) == (0, 0, False)
-    assert device["bad-requests"] == {}
+    assert (device["bad-requests"], device["late"]) == ([], {})
     text = client("query-queues")["human-readable-text"]
     assert f"avail idx {free['avail-idx']}, used idx {free['used-idx']}" in text
 

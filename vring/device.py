@@ -9,10 +9,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol, runtime_checkable
 
+from vring.features import Status
 from vring.memory import GuestMemory
 from vring.split import DeviceQueue
 
-__all__ = ["Device", "HasMostQueues", "most_queues"]
+__all__ = ["Device", "HasMostQueues", "HearsStatus", "most_queues"]
 
 
 class Device(Protocol):
@@ -95,6 +96,14 @@ class HasMostQueues(Protocol):
     @property
     def most_queues(self) -> int:
         """Queues it has at most, whatever is offered and however they are numbered."""
+
+
+@runtime_checkable
+class HearsStatus(Protocol):
+    """A device that wants to know how far its driver is; a transport that sees the driver's own status tells it."""
+
+    def set_status(self, status: Status) -> None:
+        """Learn of a change; `Device.reset` sets the status to 0 without this call."""
 
 
 def most_queues(device: Device) -> int:

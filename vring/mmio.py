@@ -18,7 +18,6 @@ from vring.mmio_registers import (
     QUEUE_SETTINGS,
     READABLE,
     REGISTER_BYTES,
-    VERSION,
     WRITABLE,
     Interrupt,
     Register,
@@ -45,6 +44,9 @@ class MmioDevice(MmioCore):
         Transport features to offer, of `TRANSPORT_FEATURES`.
     on_notify
         Whether a QueueNotify is served before `write` returns. If not, the emulator calls `poll` when it likes.
+    version
+        What Version reads, 2 or 3. With 3 and without `on_notify`, a reset that the guest asks for is left to `poll`
+        too, so that no write holds up its processor; Status reads 0 when it is done.
     vendor_id
         What VendorID reads.
     window
@@ -76,6 +78,7 @@ class MmioDevice(MmioCore):
                 self._bad(f"config write: {error.message}")
         else:
             self._write_register(Register(offset), value)
+        self._serve_kicked()
         self.deliver()
 
     # -- registers ------------------------------------------------------------------------------------------------
@@ -107,7 +110,7 @@ class MmioDevice(MmioCore):
             case Register.MagicValue:
                 return MAGIC
             case Register.Version:
-                return VERSION
+                return self.version
             case Register.DeviceID:
                 return self.device.device_id
             case Register.VendorID:
@@ -168,7 +171,6 @@ class MmioDevice(MmioCore):
             elif value == 1 and not queue.resetting:
                 queue.ready = True
                 self._start(queue)
-                self._serve_kicked()
             else:
                 self._bad("QueueReady of a value other than 0 and 1, or during a reset")
         elif not self._in_force & CommonFeature.RING_RESET or value != 1:
@@ -181,8 +183,8 @@ class MmioDevice(MmioCore):
 
     def save(self) -> dict[str, Any]:
         """Return the registers for a migration; the device's own state is the device's to save. Call it while held."""
-        if self._busy:
-            raise UsageError("the registers cannot be saved while a queue is being served")
+        if self._busy or self._reset_due:
+            raise UsageError("the registers cannot be saved while a queue is being served or a reset waits for `poll`")
         queues = tuple(queue.save(self.device) for queue in self.queues)
         return SavedRegisters(int(self.status), self.driver_features, dict(self._selected), queues).to_json()
 
@@ -221,7 +223,7 @@ class MmioDevice(MmioCore):
             queue.load(state)
         if status & SETTLED and not self._settle_features():
             raise UsageError(f"saved features {saved.features:#x}, this device offers {self.offered_features:#x}")
-        self.status = status
+        self._set_status(status)
         for queue in self.queues:
             self._start(queue)
             queue.kicked = queue.ring is not None
@@ -231,6 +233,8 @@ class MmioDevice(MmioCore):
     def dump(self) -> str:
         """Return the registers in words, for a human."""
         lines = [f"status {self.status!r}, interrupts {Interrupt(self.interrupt_status)!r}"]
+        if self.waiting:
+            lines.append("something waits for poll()")
         lines.append(f"features {self.driver_features:#x} of {self.offered_features:#x}")
         for q in self.queues:
             state = "broken" if q.broken else "live" if q.ring is not None else "ready" if q.ready else "not ready"

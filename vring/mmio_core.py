@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 
-from vring.device import Device
+from vring.device import Device, HearsStatus
 from vring.errors import DriverError, GuestAddressError, UsageError, VirtioError
 from vring.features import CommonFeature, Status
 from vring.memory import GuestMemory
 from vring.mmio_queues import QueueRegisters
-from vring.mmio_registers import CONFIG_OFFSET, Interrupt
+from vring.mmio_registers import CONFIG_OFFSET, VERSION, VERSIONS, Interrupt
 
 __all__ = ["TRANSPORT_FEATURES", "VENDOR_ID", "WINDOW_BYTES", "MmioCore"]
 
@@ -20,7 +20,8 @@ WINDOW_BYTES = 0x200
 TRANSPORT_FEATURES = CommonFeature.RING_RESET | CommonFeature.NOTIFICATION_DATA
 """Features that are the transport's business; it can offer them for any device."""
 BUFFERS = 1 << 16
-"""Buffers served for one notification at most; what is left then is left to the next `MmioCore.poll`."""
+"""Buffers served in one call at most, so that a guest that never stops adding does not hold its emulator; for what is
+left then see `MmioCore.waiting`."""
 FROM_DRIVER = Status.ACKNOWLEDGE | Status.DRIVER | Status.DRIVER_OK | Status.FEATURES_OK | Status.FAILED
 SETTLED = Status.FEATURES_OK | Status.DRIVER_OK
 
@@ -36,13 +37,16 @@ class MmioCore:
         irq: Callable[[int], None] | None = None,
         features: int = CommonFeature.RING_RESET,
         on_notify: bool = True,
+        version: int = VERSION,
         vendor_id: int = VENDOR_ID,
         window: int = WINDOW_BYTES,
     ) -> None:
         if features & ~TRANSPORT_FEATURES or window < CONFIG_OFFSET:
             raise UsageError(f"transport features {features:#x} or a window of {window} bytes cannot be had")
+        if version not in VERSIONS:
+            raise UsageError(f"virtio-mmio version {version}, there are {' and '.join(map(str, VERSIONS))}")
         self.device, self.memory = device, memory
-        self.window = window
+        self.window, self.version = window, version
         self.bad_accesses: Counter[str] = Counter()
         """Accesses without effect, by what was wrong with them."""
         self.last_error: VirtioError | None = None
@@ -60,7 +64,7 @@ class MmioCore:
         self._transport_features = features
         self._on_notify = on_notify
         self._vendor_id = vendor_id
-        self._busy = False
+        self._busy = self._reset_due = False
         self._after: list[Callable[[], None]] = []
         self._clear()
         device.set_memory(memory)
@@ -103,16 +107,28 @@ class MmioCore:
                 self._irq(level)
 
     def poll(self) -> int:
-        """Serve the queues that were notified and not served yet; return how many buffers that was.
+        """Do what waits (see `waiting`): carry out a reset, serve queues; return how many buffers that was.
 
         For an emulator that keeps such work out of the guest's register writes, see `on_notify`.
         """
         served = 0
+        if self._reset_due:
+            self.reset()
         for queue in self.queues:
             if queue.kicked and not self.held:
                 served += self._serve(queue)
         self.deliver()
         return served
+
+    @property
+    def waiting(self) -> bool:
+        """Whether there is something to do that only `poll` does: call it soon, nobody else may.
+
+        With `on_notify` that is what one notification left because it was too much for one call; the guest need not
+        notify again. Without, it is every notification, and a reset under version 3.
+        """
+        kicked = any(queue.kicked and queue.ring is not None for queue in self.queues)
+        return self._reset_due or (kicked and not self.held)
 
     def deliver(self) -> None:
         """Notify the driver of what the device has to say. Call it after changing the device from the host's side.
@@ -143,7 +159,13 @@ class MmioCore:
     def _write_status(self, value: int) -> None:
         """Take the driver's progress: in any order, but no bit goes away other than by a reset."""
         if value == 0:
-            self.reset()
+            if self.version == VERSION or self._on_notify or not self.status:
+                self.reset()
+            else:
+                self._reset_due = True
+            return
+        if self._reset_due:
+            self._bad("Status during a reset")
             return
         if self.status & FROM_DRIVER & ~value:
             self._bad("Status without a bit that was set")
@@ -151,11 +173,15 @@ class MmioCore:
         if new & SETTLED and not self.status & SETTLED and not self._settle_features():
             self._bad("features refused")
             new &= ~SETTLED
-        self.status |= new
+        self._set_status(self.status | new)
         if new & Status.DRIVER_OK:
             for queue in self.queues:
                 self._start(queue)
-            self._serve_kicked()
+
+    def _set_status(self, status: Status) -> None:
+        self.status = status
+        if isinstance(self.device, HearsStatus):
+            self.device.set_status(status)
 
     def _settle_features(self) -> bool:
         """Ask the device; False leaves FEATURES_OK reading 0 (basic.features.device-3)."""
@@ -170,6 +196,7 @@ class MmioCore:
         self._when_idle(self._reset)
 
     def _reset(self) -> None:
+        self._reset_due = False
         self.device.reset()
         self.device.take_calls()
         self._clear()
@@ -222,9 +249,9 @@ class MmioCore:
         if not self.status & Status.DRIVER_OK:
             self._bad("QueueNotify before DRIVER_OK")  # it is served then
         self.queues[index].kicked = True
-        self._serve_kicked()
 
     def _serve_kicked(self) -> None:
+        """Serve what was notified, now or earlier and left, if that is to be done while the guest writes a register."""
         if self._on_notify and not self._busy and not self.held:
             for queue in self.queues:
                 if queue.kicked:
@@ -262,7 +289,9 @@ class MmioCore:
     # -- pausing --------------------------------------------------------------------------------------------------
 
     def hold(self) -> None:
-        """Serve no queue until `release`: the VM is paused."""
+        """Serve no queue until `release`: the VM is paused. A reset that waits is carried out first."""
+        if self._reset_due:
+            self.reset()
         self.held = True
 
     def release(self) -> None:

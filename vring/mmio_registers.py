@@ -1,4 +1,4 @@
-"""The register map of virtio-mmio version 2 (VIRTIO 4.2.2, table 4.1) as data; the device and the driver both read it.
+"""The register map of virtio-mmio (VIRTIO 4.2.2, table 4.1) as data; the device and the driver both read it.
 
 Nothing here does anything: what a register means to a device is in `vring.mmio`.
 """
@@ -15,6 +15,7 @@ __all__ = [
     "READABLE",
     "REGISTER_BYTES",
     "VERSION",
+    "VERSIONS",
     "WRITABLE",
     "Interrupt",
     "Register",
@@ -24,7 +25,10 @@ __all__ = [
 MAGIC: Final = 0x74726976
 """What MagicValue reads, ``virt`` (mmio.regs.device-1)."""
 VERSION: Final = 2
-"""What Version reads; 1 is the legacy layout (mmio.regs.device-2)."""
+"""What Version reads unless something else is asked for; 1 is the legacy layout (mmio.regs.device-2)."""
+VERSIONS: Final = (2, 3)
+"""Versions that are known here. 3 is to come with VIRTIO 1.5 and is in Linux 7.3: a reset need not be over when the
+write of 0 to Status is, so the driver waits until Status reads 0; all else is as in 2."""
 REGISTER_BYTES: Final = 4
 """Width of every register (mmio.regs.driver-4)."""
 CONFIG_OFFSET: Final = 0x100

@@ -14,7 +14,7 @@ import numpy as np
 
 from balloon_dev.config import CMD_ID, NUM_PAGES, POISON_VAL
 from balloon_dev.features import BalloonFeature, QueueRole
-from balloon_dev.profiles import SPEC, Profile
+from balloon_dev.profiles import SPEC, Profile, QueueNumbering
 from guest_driver.balloon.hinting import Hinting
 from guest_driver.balloon.inflate import Inflating
 from guest_driver.balloon.reporting import Reporting
@@ -196,8 +196,7 @@ class BalloonDriver(Hinting, Inflating, Reporting, Statistics):
         largest = self.transport.queue_size_max(index)
         if largest == 0:
             raise DeviceError(
-                f"the device has no queue {index} for the {role.value}: it numbers its queues by another policy "
-                f"than {self.profile.numbering.value}",
+                f"the device has no queue {index} for the {role.value}: {self._why_no_queue(role, index)}",
                 queue=index,
                 clause="balloon.queues-1",
             )
@@ -218,6 +217,12 @@ class BalloonDriver(Hinting, Inflating, Reporting, Statistics):
             queue.disable_callbacks()  # used buffers are collected before the next add, never waited for
         self._queues[role] = queue
         self.transport.setup_queue(index, queue.layout)
+
+    def _why_no_queue(self, role: QueueRole, index: int) -> str:
+        offered, policy = int(self._state["offered"]), self.profile.numbering
+        if all(other.number(role, offered, self.features) == index for other in QueueNumbering):
+            return "its largest size reads 0, though the queue has that number by every policy"
+        return f"it numbers its queues by another policy than {policy.value}"
 
     def _indirect(self, role: QueueRole, size: int) -> int | None:
         """Return where a queue's indirect tables lie, None for a queue that does without.

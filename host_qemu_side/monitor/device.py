@@ -6,6 +6,7 @@ from typing import Any
 
 from balloon_dev.config import ACTUAL, CMD_ID, NUM_PAGES, POISON_VAL
 from balloon_dev.features import BalloonFeature, QueueRole
+from balloon_dev.rules import as_json
 from host_qemu_side.monitor.dispatch import Command
 from host_qemu_side.monitor.host import IDLE, Host
 from vring.dump import dump_queue
@@ -81,7 +82,7 @@ class DeviceCommands:
             },
             "balloon-pages": device.ballooned_pages,
             "queues": [self._queue(role) for role in QueueRole if device.queue_number(role) is not None],
-            "bad-requests": dict(device.bad_requests),
+            **as_json(device.bad_requests, device.late),
         }
 
     def _queue(self, role: QueueRole) -> dict[str, Any]:
