@@ -110,7 +110,7 @@ class Server:
         self.host.migration_run = self.migration.hint_run
         self._groups: list[CommandGroup] = [self.balloon, self.hints, self.migration, self.control]
         self.monitor: MonitorServer | None = None
-        self._negotiated = 0
+        self._negotiated = self._memory = 0
         self._guest: PythonGuest | None = None
         try:
             self.backend.listen(options.socket)
@@ -146,10 +146,13 @@ class Server:
 
     def _memory_came(self) -> None:
         assert self.backend.memory is not None
-        self._tell("front-end-memory", {"bytes": self.backend.memory.size})
+        if self.backend.memory.size != self._memory:
+            self._memory = self.backend.memory.size
+            self._tell("front-end-memory", {"bytes": self._memory})
         self.balloon.apply()
 
     def _front_end_gone(self, why: str) -> None:
+        self._memory = 0
         self.hints.front_end_gone()
         self._tell("front-end-gone", {"why": why})
 
@@ -206,10 +209,10 @@ class Server:
         self.migration.cancel()
         while self.migration.active and time.monotonic() < deadline:
             self.loop.run_once(min(self.migration.tick(time.monotonic()), 0.05))
-        if self.hints.held and self.device.hinting.state is not HintState.DONE and self.backend.connected:
+        if self.hints.held and self.device.hinting.state is not HintState.DONE and self.backend.running:
             seen = self.device.id_reads
             self.hints.finish()
-            while self.backend.connected and self.device.id_reads == seen and time.monotonic() < deadline:
+            while self.backend.running and self.device.id_reads == seen and time.monotonic() < deadline:
                 self.loop.run_once(0.02)
 
     def close(self) -> None:

@@ -111,7 +111,7 @@ class BalloonCommands:
 
     def query(self) -> dict[str, Any]:
         """Return the size the guest has, by its own word."""
-        return {"actual": self._actual()}
+        return {"actual": self._actual(), **self._host.at_rest()}
 
     # -- statistics -----------------------------------------------------------------------------------------------
 
@@ -139,7 +139,11 @@ class BalloonCommands:
             return self._interval
         device = self._stats()
         values = {name: int(value) for name, value in device.stats.values.items()}
-        return {"stats": {**dict.fromkeys(STATS, -1), **values}, "last-update": self._updated_at}
+        return {
+            "stats": {**dict.fromkeys(STATS, -1), **values},
+            "last-update": self._updated_at,
+            **self._host.at_rest(),
+        }
 
     def qom_set(self, path: str, property: str, value: Any) -> None:
         """Set the polling interval in seconds; 0 ends polling."""

@@ -55,7 +55,7 @@ class DeviceCommands:
     def status(self) -> dict[str, Any]:
         """Return QEMU's run state."""
         state = self._host.run_state()
-        return {"status": state, "running": state == "running"}
+        return {"status": state, "running": state == "running", **self._host.at_rest()}
 
     def query(self) -> dict[str, Any]:
         """Return what is known of the device and its front end."""
@@ -71,6 +71,7 @@ class DeviceCommands:
                 "connections": backend.connections,
                 "memory": backend.memory.size if backend.memory is not None else 0,
                 "config-notifications": backend.can_tell_config,
+                "rings": "running" if backend.running else "stopped",
                 "last-error": backend.last_error,
             },
             "config": {
@@ -86,10 +87,10 @@ class DeviceCommands:
         }
 
     def _queue(self, role: QueueRole) -> dict[str, Any]:
-        device, queue = self._host.device, self._host.device.queue(role)
-        facts: dict[str, Any] = {"name": role.value, "number": device.queue_number(role), "live": queue is not None}
+        queue, number = self._host.device.queue(role), self._host.device.queue_number(role)
+        facts: dict[str, Any] = {"name": role.value, "number": number, "live": queue is not None}
         if queue is None:
-            return facts
+            return facts | (self._host.backend.at_rest(number) if number is not None else {})
         facts |= {"size": queue.size, "next-avail": queue.next_avail, "used-idx": queue.used_idx}
         facts |= {"in-flight": queue.in_flight, "broken": queue.broken}
         try:
@@ -100,13 +101,16 @@ class DeviceCommands:
         return {**facts, "avail-idx": avail, "waiting": (avail - queue.next_avail) & 0xFFFF}
 
     def queues(self) -> dict[str, str]:
-        """Return a dump of all queues that are live."""
+        """Return a dump of all queues that are live, and what the others wait for."""
         device, texts = self._host.device, []
         for role in QueueRole:
             queue, number = device.queue(role), device.queue_number(role)
             if queue is not None and number is not None:
                 dump = dump_queue(queue.memory, queue.layout, next_avail=queue.next_avail, index=number)
                 texts.append(f"{role.value}, {dump}")
+            elif number is not None and self._host.backend.memory is not None:
+                rest = self._host.backend.at_rest(number)
+                texts.append(f"{role.value}, stopped at {rest['next-avail']}: needs {', '.join(rest['needs'])}")
         return {"human-readable-text": "\n".join(texts) or "no queue is live"}
 
     def tick(self, now: float) -> float:

@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from balloon_dev.hinting import HintState
 from host_qemu_side.monitor.dispatch import Command, Deferred, Param
 from host_qemu_side.monitor.framing import ErrorClass, QmpError
 from host_qemu_side.monitor.host import IDLE, Host
@@ -27,6 +26,8 @@ class _Run:
 
     command_id: int
     began: float
+    resets: int
+    """How many drivers were gone when it began."""
     blocks: int = 0
     bytes: int = 0
     seconds: float = 0.0
@@ -83,10 +84,16 @@ class HintCommands:
                 "the front end takes no config change notifications: it would not hear of a run",
                 ErrorClass.DEVICE_NOT_ACTIVE,
             )
+        if not host.backend.running:
+            raise QmpError(
+                "the driver's rings are stopped, so it would not hear of a run: its machine is paused, or it is gone",
+                ErrorClass.DEVICE_NOT_ACTIVE,
+            )
         if host.device.hinting.active:
             raise QmpError("a run is going on (query-hint); end it by hint-stop or hint-done first")
         host.device.hint_sink = self._hint
-        self._run = _Run(host.device.start_hinting(), time.monotonic())
+        hinting = host.device.hinting
+        self._run = _Run(host.device.start_hinting(), time.monotonic(), hinting.resets)
         self.held = True
         host.backend.deliver()
         return {"command-id": self._run.command_id}
@@ -133,7 +140,7 @@ class HintCommands:
         elif run is not None:
             answer |= {"command-id": run.command_id, "blocks": run.blocks, "bytes": run.bytes}
             answer |= {"seconds": round(self._seconds(run), 6), "ended-by": run.ended_by}
-        return answer
+        return answer | self._host.at_rest()
 
     def run(self, deadline: float = DEADLINE) -> Deferred:
         """Start a run; the result comes when the guest has ended it and DONE was said, or at the deadline."""
@@ -182,9 +189,11 @@ class HintCommands:
     def tick(self, now: float) -> float:
         """See whether the guest has ended the run, or its time is up."""
         host, run = self._host, self._run
+        if run is not None and host.device.hinting.resets != run.resets:
+            self._end("reset")
+            self.held = False  # the driver that held the pages is gone
         if run is not None and run.ended_by is None and not host.device.hinting.active:
-            # Who ended it on this side has said so before.
-            self._end("guest" if host.device.hinting.state is HintState.STOP and host.backend.connected else "reset")
+            self._end("guest")  # who ended it on this side has said so before
         if self._waiting is not None and run is not None:
             if run.ended_by is None and now >= self._deadline:
                 self._end("deadline")

@@ -203,10 +203,18 @@ class Host:
     """The last run of hints of the migration that is going on."""
 
     def memory(self) -> GuestMemory:
-        """Return the guest's RAM; without a front end that is an error."""
-        if self.backend.memory is None:
+        """Return the guest's RAM; without it that is an error."""
+        if not self.backend.connected:
             raise QmpError("no front end is connected: the device has no guest", ErrorClass.DEVICE_NOT_ACTIVE)
+        if self.backend.memory is None:
+            raise QmpError(
+                "the front end has given no memory yet: its guest has no driver", ErrorClass.DEVICE_NOT_ACTIVE
+            )
         return self.backend.memory
+
+    def at_rest(self) -> dict[str, str]:
+        """Return what an answer says beside its values if they are the last ones of rings that do not run now."""
+        return {} if self.backend.memory is None or self.backend.running else {"rings": "stopped"}
 
     def run_state(self) -> str:
         """Return one of QEMU's run states."""

@@ -121,9 +121,10 @@ class VhostUserBackend:
         """Whether the driver's rings run, or at least one of them."""
         return self._rings.running
 
-    def missing(self, index: int) -> list[str]:
-        """Return what the ring of a queue still needs to run, in words; nothing if it runs."""
-        return self._rings.missing(index)
+    def at_rest(self, index: int) -> dict[str, Any]:
+        """Return the last values of a ring that does not run, and what it needs for that, in names of messages."""
+        ring = self._rings[index]
+        return {"size": ring.size, "next-avail": ring.base, "needs": self._rings.missing(index)}
 
     @property
     def last_error(self) -> str | None:
