@@ -179,8 +179,8 @@ class BalloonDevice(Requests):
             self._forget(role)
             if not sure:
                 self.hinting.scatter()
-        elif role is not None and sure:
-            self._forget(role)
+        elif role is QueueRole.STATS:
+            self._forget(role)  # a driver that goes on has left a buffer with figures, which is taken in again
 
     def _forget(self, role: QueueRole) -> None:
         if role is QueueRole.STATS:

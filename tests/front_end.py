@@ -23,7 +23,7 @@ RINGS = 0x10000
 APART = 0x4000
 """Bytes from one ring to the next: descriptors, 4 KiB on the avail ring, 4 KiB on the used ring."""
 BUFFERS = 0x8000
-"""Where the buffers of a driver lie."""
+"""Where the buffers of a driver lie, 4 KiB for each queue."""
 BIT_30 = vu.F_PROTOCOL_FEATURES
 
 
@@ -65,6 +65,13 @@ class Front:
         assert header.is_reply
         assert header.request == request
         return self.socket.recv(header.size)
+
+    def acked(self, request: Request, payload: bytes = b"", fds: Sequence[int] = ()) -> bool:
+        """Send a request that wants to be acknowledged; return whether it was obeyed."""
+        self.say(Request.SET_PROTOCOL_FEATURES, vu.pack_u64(vu.ProtocolFeature.REPLY_ACK))
+        socket.send_fds(self.socket, [vu.pack_message(request, payload, need_reply=True)], list(fds))
+        self.loop.run_once(1.0)
+        return not vu.unpack_u64(self.socket.recv(vu.HEADER_SIZE + 8)[vu.HEADER_SIZE :], request.name)
 
     def negotiate(self, extra: int = 0, features: int | None = None) -> None:
         self.say(Request.SET_FEATURES, vu.pack_u64((self.features if features is None else features) | extra))
@@ -135,16 +142,16 @@ class Front:
         for index in range(rings):
             self.memory.write(self.at[index], bytes(APART))
 
-    def put(self, data: bytes, index: int = 0, *, writable: bool = False, kick: bool = True) -> None:
-        """Make one buffer available, and kick."""
-        at = self.at[index]
-        n = int.from_bytes(self.memory.read(at + 0x1002, 2), "little")
+    def put(self, data: bytes, index: int = 0, *, at: int = 0, writable: bool = False, kick: bool = True) -> None:
+        """Make one buffer available, at a place of its own or at a guest address, and kick."""
+        ring = self.at[index]
+        n = int.from_bytes(self.memory.read(ring + 0x1002, 2), "little")
         slot = n % self.size
-        buffer = BUFFERS + 0x100 * (n % 64)
+        buffer = at or BUFFERS + 0x1000 * index + 0x100 * (n % 16)
         self.memory.write(buffer, data)
-        self.memory.write(at + 16 * slot, struct.pack("<QIHH", buffer, len(data), 2 * writable, 0))
-        self.memory.write(at + 0x1004 + 2 * slot, struct.pack("<H", slot))
-        self.memory.write(at + 0x1002, struct.pack("<H", (n + 1) & 0xFFFF))
+        self.memory.write(ring + 16 * slot, struct.pack("<QIHH", buffer, len(data), 2 * writable, 0))
+        self.memory.write(ring + 0x1004 + 2 * slot, struct.pack("<H", slot))
+        self.memory.write(ring + 0x1002, struct.pack("<H", (n + 1) & 0xFFFF))
         if kick:
             os.eventfd_write(self.kicks[index], 1)
             self.loop.run_once(0.0)
