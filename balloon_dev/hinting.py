@@ -167,7 +167,8 @@ class HintRun:
         """Let the ids go on from anywhere: the guest may have seen some that this device knows nothing of, and would
         take no notice of one that it has answered before.
         """
-        self.command_id = self.profile.id_min + secrets.randbelow(self.profile.id_max - self.profile.id_min + 1)
+        self.command_id = self.profile.id_min + secrets.randbelow(self._ids)
+        self._issued, self._driver_sends = self._ids, True  # by whom and what for is not known
         self._issued = 0
 
     def judge_command(self, command_id: int) -> Rule | Late | None:

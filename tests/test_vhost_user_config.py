@@ -1,4 +1,4 @@
-"""The config space over vhost-user: messages of the whole of it, of one field, and padded ones; before all else, too."""
+"""The config space over vhost-user: messages of the whole of it, of one field, padded ones, and early ones."""
 
 from __future__ import annotations
 
