@@ -167,7 +167,7 @@ class MemoryManager(Zone):
         """
         manager = cls(memory, KernelArea.attach(memory))
         manager._check(lib.pa_attach(manager._view), "attaching to the zone")
-        if manager._zone.end_pfn > memory.page_span or manager._zone.base_pfn * PAGE_SIZE < manager.kernel.size:
+        if manager.base_pfn * PAGE_SIZE < manager.kernel.size:
             raise AllocatorError("the zone does not fit this RAM", code=lib.PA_VHEADER)
         return manager
 

@@ -28,6 +28,8 @@ Pfns = npt.NDArray[np.uint64]
 
 _ANY: int = lib.PA_ANY
 _PIECE = 1 << 16
+_HEADER: int = lib.pa_zone_bytes(0)
+"""Bytes of the zone before `Zone.mem_map`."""
 _TEXT = {
     lib.PA_ENOMEM: "no free block of this order",
     lib.PA_EWATERMARK: "only memory below the watermark is left",
@@ -163,11 +165,12 @@ class Zone:
         self.kernel = kernel
         """The area at the start of RAM; `KernelArea.reserve` gives out pieces of it."""
         piece = kernel.pieces.get("zone")
-        if piece is None:
+        if piece is None or piece[1] < _HEADER:
             raise VirtioError("the kernel area of this RAM has no zone")
         self._view = ffi.new("struct pa_view *")
         self._view.zone = ffi.cast("uint8_t *", memory.host_address(*piece))
         self._view.zone_bytes = piece[1]
+        self._mapped = memory.arrays  # nobody unmaps under C what arrays refer to
         self._view.region_count = len(memory.regions)
         for i, region in enumerate(memory.regions):
             entry = self._view.region[i]
@@ -188,25 +191,31 @@ class Zone:
 
     # -- figures ------------------------------------------------------------------------------------------------------
 
+    def _figure(self, name: str, value: int, pages: int = 1) -> int:
+        """Return a count of blocks of so many pages that stands in guest RAM, if there can be as many."""
+        if value > (self.end_pfn - self.base_pfn) // pages:
+            raise alloc_error(lib.PA_ECORRUPT, f"{name} reads {value}")
+        return value
+
     @property
     def free_pages(self) -> int:
         """Pages free now."""
-        return int(self._zone.free_pages)
+        return self._figure("free_pages", int(self._zone.free_pages))
 
     @property
     def total_pages(self) -> int:
         """Pages that the zone manages, free or not."""
-        return int(self._zone.managed_pages)
+        return self._figure("managed_pages", int(self._zone.managed_pages))
 
     @property
     def base_pfn(self) -> int:
         """First page of the zone."""
-        return int(self._zone.base_pfn)
+        return int(self._view.base_pfn)
 
     @property
     def end_pfn(self) -> int:
         """First page after the zone."""
-        return int(self._zone.end_pfn)
+        return int(self._view.end_pfn)
 
     @property
     def content_seed(self) -> int:
@@ -236,7 +245,7 @@ class Zone:
         """Return the number of free blocks of exactly that order."""
         if not 0 <= order < MAX_ORDER:
             raise UsageError(f"order {order} is not one of 0 to {MAX_ORDER - 1}")
-        return int(self._zone.free_area[order].count)
+        return self._figure(f"free_area[{order}]", int(self._zone.free_area[order].count), 1 << order)
 
     def statistics(self) -> dict[str, int]:
         """Return counters since the guest booted: ``allocations`` and ``frees`` in blocks, ``failures`` in calls."""
@@ -269,6 +278,7 @@ class Zone:
         """
         done = lib.pa_free_bulk(self._view, order, len(pfns), pfn_pointer(pfns), self._error)
         if done < len(pfns):
+            done = max(done, 0)
             pfn = int(pfns[done])
             what = f"freeing page {pfn} at order {order} (number {done} of {len(pfns)})"
             raise alloc_error(self._error[0], what, pfn)
@@ -363,7 +373,7 @@ class Zone:
     @property
     def mem_map(self) -> npt.NDArray[Any]:
         """``struct pa_page`` of every page of the zone, over guest RAM itself; index = pfn - base_pfn."""
-        gpa = self.kernel.pieces["zone"][0] + int(self._zone.mem_map)
+        gpa = self.kernel.pieces["zone"][0] + _HEADER
         return self.memory.array(gpa, self.end_pfn - self.base_pfn, PAGE_DTYPE)
 
     def bitmap(self, owner: int | None = None, *, free: bool = False) -> npt.NDArray[np.uint64]:
@@ -472,7 +482,10 @@ class Zone:
         return _check_result(self._result)
 
     def fill(self, pfns: Pfns, seed: int, versions: npt.NDArray[np.uint32] | None = None) -> None:
-        """Write the content of (seed, pfn, version) into any pages of RAM; neither mem_map nor journal know of it."""
+        """Write the content of (seed, pfn, version) into any pages of RAM, and mark them in the dirty log.
+
+        Neither mem_map nor journal know of it.
+        """
         self._check(
             lib.pa_fill(self._view, len(pfns), pfn_pointer(pfns), seed, _versions(pfns, versions)), "filling pages"
         )

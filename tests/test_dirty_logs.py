@@ -285,6 +285,39 @@ def test_combined():
     log.stop()
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_bitmap_that_is_too_short(kind):
+    """It is refused before anything is scanned: no word behind it is written, no page forgotten."""
+    with GuestMemory.create(PAGES * PAGE) as memory:
+        if kind == "wp-async":
+            protection = WriteProtection(memory)
+            log = WpAsyncDirtyLog(os.getpid(), protection.ranges, memory.page_span)
+        else:
+            log = SoftwareDirtyLog.for_memory(memory)
+        log.start()
+        memory.write(0, b"x" * memory.size)
+        if kind == "software":
+            log.mark(0, PAGES)
+        behind = bitmap.empty(4 * PAGES)
+        for words in (0, 1, PAGES // 64 - 1):
+            with pytest.raises(UsageError, match="bitmap of"):
+                log.sync(behind[:words])
+        assert not behind.any()
+        assert log.sync(behind[: PAGES // 64]) == PAGES
+        log.stop()
+
+
+@pytest.mark.parametrize(
+    ("gpa", "size", "address"),
+    [(0, 64 * PAGE + 4095, 0), (0, 64 * PAGE, 100), (8, 64 * PAGE, 0), (0, -PAGE, 0), (-PAGE, 2 * PAGE, 0),
+     (PAGE, 64 * PAGE, 0), (0, 64 * PAGE, 1 << 64)],
+)  # fmt: skip
+def test_wp_async_of_ranges_that_are_no_pages_of_this_memory(gpa, size, address):
+    """What a guest says of its mappings is checked: a byte too many is a page too many in the bitmap."""
+    with pytest.raises(MissingFacility, match="tracks"):
+        WpAsyncDirtyLog(os.getpid(), [TrackedRange(gpa, size, address)], 64)
+
+
 def test_wp_async_of_a_process_that_is_gone():
     with pytest.raises(MissingFacility, match="pagemap"):
         WpAsyncDirtyLog(1 << 22, [TrackedRange(0, PAGE, mmap.PAGESIZE)], 1)

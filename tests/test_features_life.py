@@ -93,6 +93,29 @@ def test_probe_again_with_smaller_and_larger_queues():
             assert pair.hint_run() > 5
 
 
+@pytest.mark.parametrize("sizes", [(100, 3, 1000, 1023, 31), (1, 1, 1, 1, 1), (65535, 32769, 5, 6, 7)])
+def test_sizes_that_are_no_power_of_two(sizes):
+    """The largest size of a queue may be any number: the driver takes the power of two below it (ring.size-1)."""
+    from dataclasses import replace
+
+    from balloon_dev.profiles import SPEC
+
+    with Pair(ALL) as pair:
+        pair.driver.remove()
+        pair.device.profile = replace(SPEC, queue_sizes=sizes)
+        pair.driver.probe()
+        taken = [queue.size for _, queue in sorted(pair.transport.queues.items())]
+        most = SPEC.queue_sizes
+        assert taken == [1 << min(size, limit).bit_length() - 1 for size, limit in zip(sizes, most, strict=True)]
+        pair.target(300)
+        assert pair.device.actual == 300
+        pair.settle(now=100.0)
+        assert pair.hint_run() > 0
+        assert pair.driver.statistics()["reported"] > 0
+        pair.driver.remove()
+        pair.unchanged()
+
+
 # -- removal, suspend, reset ------------------------------------------------------------------------------------------
 
 

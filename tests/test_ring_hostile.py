@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
+import subprocess
+import sys
+import time
+from collections import Counter
+
 import numpy as np
 import pytest
 from models.ring_model import INDIRECT, NEXT, WRITE, RawRing
 
-from vring.codes import CODES
-from vring.errors import DeviceError, DriverError, UsageError
+from vring._vring import ffi
+from vring.codes import CODES, error_for
+from vring.errors import DeviceError, DriverError, UsageError, VirtioError
 from vring.memory import GuestMemory
-from vring.split import DeviceQueue, DriverQueue, QueueLayout
+from vring.split import DESC, DeviceQueue, DriverQueue, QueueLayout
 
 SIZE = 8
 RAM = 0x10000
@@ -67,7 +74,12 @@ CHAINS = {
     "a table with a next": ([(1, TABLE, 16, INDIRECT | NEXT, 2)], [1], "VQ_EINDIRECT_NEXT"),
     "an empty table": ([(1, TABLE, 0, INDIRECT, 0)], [1], "VQ_EINDIRECT_SIZE"),
     "a table of 17 bytes": ([(1, TABLE, 17, INDIRECT, 0)], [1], "VQ_EINDIRECT_SIZE"),
-    "a table over the queue size": ([(1, TABLE, 16 * (SIZE + 1), INDIRECT, 0)], [1], "VQ_EINDIRECT_SIZE"),
+    "a chain over the queue size in a longer table": (
+        [(1, TABLE + 0x300, 16 * (SIZE + 1), INDIRECT, 0)],
+        [1],
+        "VQ_ELOOP",
+    ),
+    "a longer table partly outside RAM": ([(1, 2 * RAM - 64, 16 * (SIZE + 1), INDIRECT, 0)], [1], "VQ_EADDR"),
     "a table outside RAM": ([(1, 2 * RAM - 16, 32, INDIRECT, 0)], [1], "VQ_EADDR"),
     "a next outside its table": ([(1, TABLE + 0x100, 32, INDIRECT, 0)], [1], "VQ_ENEXT"),
     "a loop inside a table": ([(1, TABLE + 0x200, 32, INDIRECT, 0)], [1], "VQ_ELOOP"),
@@ -82,6 +94,7 @@ def test_bad_chain(memory, layout, raw, name):
     raw.table(TABLE, (0x8100, 16, INDIRECT, 0))
     raw.table(TABLE + 0x100, (0x5000, 4, NEXT, 2), (0x5000, 4, 0, 0))
     raw.table(TABLE + 0x200, (0x5000, 4, NEXT, 1), (0x5000, 4, NEXT, 0))
+    raw.table(TABLE + 0x300, *[(0x5000, 4, NEXT, i + 1) for i in range(SIZE)], (0x5000, 4, 0, 0))
     raw.put(0, 0x6000, 16)
     for desc in descs:
         raw.put(*desc)
@@ -382,6 +395,208 @@ def test_damaged_lists(memory, layout, driver):
         breaks(lambda: DriverQueue.attach(memory, STATE), UsageError, "VQ_ESTATE")
         memory.write(STATE, saved)
     assert DriverQueue.attach(memory, STATE).outstanding == 2
+
+
+@pytest.mark.parametrize("offset", [0, 8, 4, 1])
+@pytest.mark.parametrize("entries", [SIZE + 1, 3 * SIZE, 3000])
+def test_a_table_longer_than_the_queue(memory, layout, raw, offset, entries):
+    """The queue size bounds the chain (split.indirect.driver-3), not the table it lies in, at whatever address."""
+    device = DeviceQueue(memory, layout, indirect=True)
+    table = np.zeros(entries, dtype=DESC)
+    links = [0, entries - 1, 1, entries // 2]
+    for at, following in zip(links, [*links[1:], None], strict=True):
+        table[at] = (0x5000 + at, 4, 0 if following is None else NEXT, following or 0)
+    memory.write(TABLE + offset, table.tobytes())
+    raw.put(0, TABLE + offset, 16 * entries, INDIRECT)
+    raw.expose(0)
+    assert device.pop().segs["addr"].tolist() == [0x5000 + at for at in links]
+
+
+def test_more_heads_than_are_held(memory, layout, raw):
+    """The array of heads is read no further than buffers are in flight."""
+    device = DeviceQueue(memory, layout)
+    raw.put(0, 0x5000, 4)
+    raw.expose(0)
+    assert device.exchange(0, SIZE) == 1
+    breaks(lambda: device.exchange(2, SIZE), UsageError, "VQ_ENOTHELD")
+    breaks(lambda: device.exchange(1 << 31, SIZE), UsageError, "VQ_ENOTHELD")
+    assert device.exchange(1, SIZE) == 0
+    assert device.used_idx == 1
+
+
+def test_an_error_behind_good_buffers_is_no_reason_to_sleep(memory, layout, raw):
+    """Who arms the doorbell after the good buffers is told of the error: no interrupt and no kick would come for it."""
+    device = DeviceQueue(memory, layout, event_idx=True)
+    raw.put(0, 0x6000, 4)
+    raw.put(1, 0x6000, 0)
+    raw.expose(0, 1)
+    assert len(device.pop()) == 1
+    breaks(device.enable_notify, DriverError, "VQ_EZERO", index=1)
+    breaks(device.enable_notify, DriverError, "VQ_EBROKEN")
+
+    driver = DriverQueue(memory, QueueLayout.place(BASE, SIZE), event_idx=True)
+    driver.add([(0x5000, 4, WRITE)] * 4, range(4))
+    driver.publish()
+    raw.used[:2] = [(0, 0), (7, 0)]
+    raw.used_flags[1] = 2
+    assert driver.collect()[0].tolist() == [0]
+    breaks(lambda: driver.enable_callbacks(2), DeviceError, "VQ_EUSED_ID", index=1)
+    breaks(lambda: driver.enable_callbacks(2), DeviceError, "VQ_EBROKEN")
+
+
+def test_after_the_memory_was_closed(layout):
+    """An error, where there was a read of what is no longer mapped."""
+    memory = GuestMemory.create(RAM)
+    raw = RawRing(memory, layout)
+    device = DeviceQueue(memory, layout)
+    driver = DriverQueue(memory, layout, state=STATE)
+    raw.put(0, 0x5000, 4)
+    raw.expose(0, 0)
+    assert device.pop(1).heads.tolist() == [0]
+    del raw
+    memory.close()
+    for call in (
+        device.pop, lambda: device.push([0]), lambda: device.exchange(0, 1), device.enable_notify,
+        device.disable_notify, lambda: driver.add([(0x5000, 4, 0)], [1]), driver.publish, driver.collect,
+        lambda: driver.exchange(0), driver.enable_callbacks, driver.disable_callbacks, driver.detach,
+    ):  # fmt: skip
+        breaks(call, UsageError, "VQ_ECLOSED")
+    with pytest.raises(DriverError):
+        device.rebind(memory)
+    assert (driver.num_free, driver.outstanding, device.in_flight) == (SIZE, 0, 1)
+
+
+def test_a_code_nobody_knows():
+    for half in ("driver", "device"):
+        error = error_for(-99, half, queue=1)
+        assert isinstance(error, VirtioError)
+        assert "-99" in str(error)
+
+
+# -- the driver's private state in guest RAM, where the device can write it -------------------------------------------
+
+FIELDS = [name for name, _ in ffi.typeof("struct vq_driver_state").fields if name != "padding"]
+VALUES = (0, 1, 3, 17, 512, 0x7FFF, 0xFFFF)
+
+
+@pytest.mark.parametrize("value", VALUES)
+@pytest.mark.parametrize("field", FIELDS)
+def test_a_scribbled_state_is_not_believed(memory, layout, raw, field, value):
+    """All that is counted goes on as if nothing were; who binds to it is refused, or it was a state that can be."""
+    d = DriverQueue(memory, layout, state=STATE)
+    d.add([(0x5000, 4, WRITE)] * 6, range(6))
+    d.publish()
+    raw.used[:2] = [(4, 4), (2, 3)]
+    raw.used_flags[1] = 2
+    setattr(d._q.state, field, value)
+    with contextlib.suppress(UsageError):
+        DriverQueue.attach(memory, STATE)
+    assert (d.outstanding, d.num_free, d.used_idx, d.avail_idx, d.broken) == (6, 2, 0, 6, False)
+    tokens, lens = d.collect()
+    assert (tokens.tolist(), lens.tolist()) == ([4, 2], [4, 3])
+    setattr(d._q.state, field, value)
+    d.tokens[:] = 9
+    d.segs[:] = (0x5000, 4, WRITE)
+    assert d.exchange(4) == 0
+    assert (d.added, d.outstanding, d.num_free) == (4, 8, 0)
+    assert sorted(d.detach().tolist()) == [0, 1, 3, 5, 9, 9, 9, 9]
+    assert DriverQueue.attach(memory, STATE).num_free == SIZE
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("pending", 1000000), ("pending", -1), ("pending", -7), ("pending", -43), ("error", 1), ("error", -4)],
+)
+def test_a_saved_error_that_is_none(memory, layout, field, value):
+    d = DriverQueue(memory, layout, state=STATE)
+    setattr(d._q.state, field, value)
+    breaks(lambda: DriverQueue.attach(memory, STATE), UsageError, "VQ_ESTATE")
+
+
+def test_a_saved_error_is_met_by_who_goes_on(memory, layout, raw):
+    d = DriverQueue(memory, layout, state=STATE)
+    d.add([(0x5000, 4, WRITE)] * 2, range(2))
+    d.publish()
+    raw.used[:2] = [(0, 0), (7, 0)]
+    raw.used_flags[1] = 2
+    assert d.collect()[0].tolist() == [0]
+    d = DriverQueue.attach(memory, STATE)
+    breaks(d.collect, DeviceError, "VQ_EUSED_ID", index=1)
+    assert DriverQueue.attach(memory, STATE).broken
+
+
+def test_chains_that_grew_in_the_state(memory, layout, raw):
+    """A chain cannot have more descriptors than are in use: the free list never holds more than there are."""
+    d = DriverQueue(memory, layout, state=STATE)
+    d.add([(0x5000, 4, WRITE)] * 3, range(3))
+    d.publish()
+    raw.used[:3] = [(0, 0), (1, 0), (2, 0)]
+    raw.used_flags[1] = 3
+    d._q.heads[1].count = 60000
+    assert d.collect()[0].tolist() == [0]
+    breaks(d.collect, DeviceError, "VQ_EUSED_ID", index=1)
+    assert d.num_free == SIZE - 2
+    for head in range(SIZE):
+        d._q.heads[head].count = 1
+    assert len(d.detach()) == 2
+    assert d.num_free == SIZE
+
+
+SCRIBBLER = """
+import mmap, random, sys
+ram = mmap.mmap(int(sys.argv[1]), int(sys.argv[2]))
+start, length = int(sys.argv[3]), int(sys.argv[4])
+sound = ram[start : start + length]
+rng = random.Random(1)
+print("going", flush=True)
+while True:
+    for _ in range(4):
+        at = start + rng.choice((rng.randrange(128), rng.randrange(length)))
+        ram[at] = rng.choice((0, 1, 2, 127, 128, 255, rng.randrange(256)))
+    if rng.random() < 0.2:
+        ram[start : start + length] = sound
+"""
+
+
+def test_while_another_process_scribbles(layout):
+    """Every call gives no more than was asked, or an error of the right kind; the queue can always be started anew."""
+    size = 256
+    with GuestMemory.create(1 << 20) as memory:
+        place, state = QueueLayout.place(0, size), 0x40000
+        d = DriverQueue(memory, place, state=state)
+        raw = RawRing(memory, place)
+        fd = memory.regions[0].fd
+        command = [sys.executable, "-c", SCRIBBLER, *map(str, (fd, memory.size, state, d.state_bytes(size)))]
+        segs = np.zeros(size, dtype=d.segs.dtype)
+        segs["addr"], segs["len"], segs["flags"] = 0x5000, 4, WRITE
+        seen = Counter()
+        with subprocess.Popen(command, pass_fds=[fd], stdout=subprocess.PIPE) as other:
+            assert other.stdout.readline() == b"going\n"
+            end = time.monotonic() + 2
+            while time.monotonic() < end:
+                n = d.add(segs[:100], np.arange(100, dtype=np.uint64))
+                assert n == 100
+                d.publish()
+                raw.used["id"], raw.used["len"] = np.arange(size), 0
+                raw.used_flags[1] = 100
+                try:
+                    got = len(d.collect(60)[0])
+                    assert got <= 60
+                    seen["collected"] += got
+                except DeviceError:
+                    seen["broken"] += 1
+                assert len(d.detach()) <= 100
+                assert d.num_free == size
+                try:
+                    d = DriverQueue.attach(memory, state)
+                    d.detach()
+                    seen["attached"] += 1
+                except UsageError:
+                    seen["refused"] += 1
+            other.kill()
+        assert seen["collected"]
+        assert seen["attached"] + seen["refused"]
+        del raw
 
 
 def test_every_code_was_provoked(memory, layout):

@@ -27,6 +27,7 @@ CODES: dict[str, tuple[Blame, str, str | None]] = {
     ),
     "VQ_ENOTHELD": ("caller", "head given back that is not held, or not in the order it was popped", None),
     "VQ_ESTATE": ("caller", "saved driver state does not belong to a queue, or is damaged", None),
+    "VQ_ECLOSED": ("caller", "the guest memory with the ring was closed", None),
     "VQ_EAVAIL_AHEAD": (
         "driver",
         "avail idx is ahead by more than the queue holds, or was moved back",
@@ -46,11 +47,7 @@ CODES: dict[str, tuple[Blame, str, str | None]] = {
     ),
     "VQ_EINDIRECT_NEST": ("driver", "indirect table inside an indirect table", "split.indirect.driver-2"),
     "VQ_EINDIRECT_NEXT": ("driver", "INDIRECT together with NEXT", "split.indirect.driver-4"),
-    "VQ_EINDIRECT_SIZE": (
-        "driver",
-        "indirect table is empty, no multiple of 16 bytes, or over the queue size",
-        "split.indirect.driver-3",
-    ),
+    "VQ_EINDIRECT_SIZE": ("driver", "indirect table is empty, or no multiple of 16 bytes", None),
     "VQ_ESEGS": ("caller", "segment array cannot hold the next chain; make it as long as the queue size", None),
     "VQ_EINUSE": ("driver", "buffer made available again before it was used", None),
     "VQ_EUSED_AHEAD": ("device", "used idx is ahead of the buffers made available, or was moved back", "ring.size-1"),
@@ -106,7 +103,7 @@ def error_for(
         `DriverError`, `DeviceError` or `UsageError`, with an attribute ``code`` (the C name).
     """
     name = code_name(code)
-    blame, message, clause = CODES[name]
+    blame, message, clause = CODES.get(name, ("peer", "the queue says what it has no words for", None))
     if blame == "peer":
         blame = "device" if half == "driver" else "driver"
     elif blame == "setup":

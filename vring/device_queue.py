@@ -240,6 +240,11 @@ class DeviceQueue:
         -------
         bool
             True if buffers are pending already: no kick will come, pop.
+
+        Raises
+        ------
+        DriverError
+            As `pop`, also for nonsense behind the buffers popped last.
         """
         return self._check(lib.vq_device_enable_notify(self._q)) != 0
 

@@ -19,6 +19,7 @@ from vring.memory import GuestMemory
 __all__ = ["DriverQueue"]
 
 _exchange = lib.vq_driver_exchange  # looked up once: it is called per batch
+_IN_USED_RING = {lib.VQ_EUSED_AHEAD: "idx", lib.VQ_EUSED_ID: "id", lib.VQ_EUSED_LEN: "len"}  # what is wrong there
 
 
 class DriverQueue:
@@ -101,8 +102,8 @@ class DriverQueue:
         room = region.end - state
         where = self._state_at(room, state)
         self._check(lib.vq_driver_bind(self._q, memory.c_table, where, room))
-        st = self._q.state
-        self._make_arrays(QueueLayout(st.size, st.desc, st.avail, st.used))
+        ring = self._q.ring
+        self._make_arrays(QueueLayout(ring.size, ring.desc, ring.avail, ring.used))
         return self
 
     @staticmethod
@@ -142,11 +143,9 @@ class DriverQueue:
     def _check(self, result: int) -> int:
         if result < 0:
             detail, index = "", None
-            if self._q.state and result in (lib.VQ_EUSED_AHEAD, lib.VQ_EUSED_ID, lib.VQ_EUSED_LEN):
-                st = self._q.state
-                index = int(st.bad_index)
-                what = {lib.VQ_EUSED_AHEAD: "idx", lib.VQ_EUSED_ID: "id", lib.VQ_EUSED_LEN: "len"}[result]
-                detail = f": {what} {st.bad_id}"
+            if result in _IN_USED_RING:
+                index = int(self._q.bad_index)
+                detail = f": {_IN_USED_RING[result]} {self._q.bad_id}"
             raise error_for(result, "driver", queue=self.index, index=index, detail=detail)
         return result
 
@@ -275,6 +274,11 @@ class DriverQueue:
         -------
         bool
             True if that point has passed: no interrupt will come, collect more.
+
+        Raises
+        ------
+        DeviceError
+            As `collect`, also for nonsense behind the buffers collected last.
         """
         return self._check(lib.vq_driver_enable_cb(self._q, delay)) != 0
 
@@ -292,8 +296,8 @@ class DriverQueue:
         numpy.ndarray
             Their tokens, a copy, in no particular order.
         """
-        tokens = np.zeros(max(1, self.outstanding), dtype=np.uint64)
-        n = self._check(lib.vq_driver_detach(self._q, ffi.from_buffer("uint64_t[]", tokens), self.outstanding))
+        tokens = np.zeros(self.size, dtype=np.uint64)
+        n = self._check(lib.vq_driver_detach(self._q, ffi.from_buffer("uint64_t[]", tokens), len(tokens)))
         return tokens[:n]
 
     @property
@@ -304,24 +308,24 @@ class DriverQueue:
     @property
     def outstanding(self) -> int:
         """Buffers added and not collected."""
-        return int(self._q.state.outstanding)
+        return int(self._q.outstanding)
 
     @property
     def broken(self) -> bool:
         """Whether the device broke the queue."""
-        return bool(self._q.state.error)
+        return bool(self._q.error)
 
     @property
     def avail_idx(self) -> int:
         """Avail index as published."""
-        return int(self._q.state.avail_published)
+        return int(self._q.avail_published)
 
     @property
     def used_idx(self) -> int:
         """Used index up to which buffers were collected."""
-        return int(self._q.state.used_next)
+        return int(self._q.used_next)
 
     @property
     def cut_lengths(self) -> int:
         """Used lengths cut so far, with `lax_lengths`."""
-        return int(self._q.state.cut_lens)
+        return int(self._q.cut_lens)

@@ -109,7 +109,7 @@ class QueueLayout:
     @property
     def desc_bytes(self) -> int:
         """Bytes of the descriptor table."""
-        return int(lib.vq_desc_bytes(self.size))
+        return int(lib.vq_desc_bytes(self.size)) if 0 < self.size <= MAX_SIZE else 0
 
     @property
     def avail_bytes(self) -> int:

@@ -2,7 +2,9 @@
  *
  * This header is also read by cffi: no guards, inlines, attributes or shifts in macros here; dirty.h includes
  * it. A bitmap is an array of uint64_t, bit p % 64 of word p / 64 stands for page p. A page is 4096 bytes.
- * Functions return a count >= 0 or a negative errno.
+ * Functions that can fail return what they are asked for (a count, a descriptor, or 0) or a negative errno;
+ * `into` may hold a part of the answer then. A bitmap that is handed in has room for every page that the call
+ * is about.
  */
 
 #define DIRTY_PAGE_SIZE 4096
@@ -72,10 +74,12 @@ int dirty_uffd_open(void);
 int dirty_uffd_register(int uffd, uint64_t start, uint64_t len);
 /* From a descriptor of /proc/PID/pagemap: or the pages of [start, start + len) written since the last scan
  * into `into` (bit first_page stands for the page at `start`) and re-protect them, in one step per page.
- * Returns how many were written; -EPERM if the range is not registered for asynchronous write protection.
- * I/O into pages that the kernel pins (O_DIRECT reads, registered buffers of io_uring) counts as written when
- * they are pinned; data that lands after a scan is in no later one. Mark such pages by dirty_log_mark_ranges
- * when the I/O has completed, and fetch that log into the same bitmap after each scan. */
+ * Returns how many were written; -EINVAL if the range is not whole pages, -EPERM if it is not registered for
+ * asynchronous write protection, -EIO if the kernel does not get on with it. After an error some pages may
+ * have been re-protected that are not in `into`. I/O into pages that the kernel pins (O_DIRECT reads,
+ * registered buffers of io_uring) counts as written when they are pinned; data that lands after a scan is in
+ * no later one. Mark such pages by dirty_log_mark_ranges when the I/O has completed, and fetch that log into
+ * the same bitmap after each scan. */
 int64_t dirty_pagemap_scan(int pagemap, uint64_t start, uint64_t len, uint64_t first_page, uint64_t *into);
 
 /* ---- cachestat (Linux 6.5) ---- */

@@ -8,9 +8,9 @@
 
 int64_t dirty_present_scan(int fd, uint64_t offset, uint64_t len, uint64_t first_page, uint64_t *into)
 {
-    if (offset % DIRTY_PAGE_SIZE)
-        return -EINVAL;
     uint64_t at = offset, end = offset + len;
+    if (offset % DIRTY_PAGE_SIZE || end < offset)
+        return -EINVAL;
     int64_t found = 0;
     while (at < end) {
         off_t data = lseek(fd, (off_t)at, SEEK_DATA);
@@ -20,7 +20,9 @@ int64_t dirty_present_scan(int fd, uint64_t offset, uint64_t len, uint64_t first
             break;
         off_t hole = lseek(fd, data, SEEK_HOLE);
         if (hole < 0)
-            return -errno;
+            return errno == ENXIO ? found : -errno; /* cut off meanwhile: nothing more */
+        if (hole <= data)
+            hole = data + 1; /* punched meanwhile: it did hold data, and one page a turn is the least */
         uint64_t first = ((uint64_t)data - offset) / DIRTY_PAGE_SIZE;
         uint64_t last = (uint64_t)hole < end ? (uint64_t)hole : end;
         last = (last - offset + DIRTY_PAGE_SIZE - 1) / DIRTY_PAGE_SIZE;

@@ -66,12 +66,15 @@ int64_t dirty_pagemap_scan(int pagemap, uint64_t start, uint64_t len, uint64_t f
 {
     struct scan_region found[REGIONS_PER_CALL];
     int64_t written = 0;
+    const uint64_t end = start + len;
     uint64_t at = start;
-    while (at < start + len) {
+    if (start % DIRTY_PAGE_SIZE || len % DIRTY_PAGE_SIZE || end < start)
+        return -EINVAL; /* the kernel rounds up: it would report a page that `into` has no bit for */
+    while (at < end) {
         struct scan_arg arg = {.size = sizeof arg,
                                .flags = SCAN_WP_MATCHING | SCAN_CHECK_WPASYNC,
                                .start = at,
-                               .end = start + len,
+                               .end = end,
                                .vec = (uint64_t)(uintptr_t)found,
                                .vec_len = REGIONS_PER_CALL,
                                .category_mask = CATEGORY_WRITTEN,
@@ -88,7 +91,7 @@ int64_t dirty_pagemap_scan(int pagemap, uint64_t start, uint64_t len, uint64_t f
             written += (int64_t)pages;
         }
         if (arg.walk_end <= at)
-            break; /* the kernel made no progress: never spin */
+            return -EIO; /* no progress: neither spin, nor pass for a scan of the rest */
         at = arg.walk_end;
     }
     return written;

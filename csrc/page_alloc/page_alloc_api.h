@@ -4,6 +4,15 @@
  * includes it. Nothing here allocates, blocks, keeps globals or knows Python. One thread at a time may use a
  * zone.
  *
+ * Errors: what can fail returns a count, a page number or 0 when all went well, and else a negative code of
+ * enum pa_error. A call for many that may stop half way returns how many it did, and the error only if it did
+ * none; `*error` (may be NULL) says why there are fewer, 0 if there are not.
+ *
+ * Guest RAM is shared, with a host that may write anything there and after a migration that damaged it: where
+ * the zone lies counts as pa_init or pa_attach found it, each field of the zone is read once, and nothing
+ * read there leads outside the zone or makes a walk endless. What makes no sense is PA_ECORRUPT. Arrays that
+ * are handed in are the caller's own and do not change during the call.
+ *
  * A page is 4096 bytes; its number (pfn) is its guest physical address divided by 4096. The zone is a header
  * with the heads of the free lists, followed by `mem_map`, one struct pa_page for each page from base_pfn to
  * end_pfn. Links are indices into mem_map, so a zone means the same in every process that maps the RAM. The
@@ -122,6 +131,8 @@ struct pa_view {
     uint8_t *journal;    /* struct pa_journal, or NULL */
     uint64_t journal_pages;
     uint64_t *dirty_log; /* bitmap of pages shared with a host that cannot see writes by itself, or NULL */
+    uint64_t base_pfn;   /* of the zone, from pa_init or pa_attach; both 0 before */
+    uint64_t end_pfn;
     uint32_t region_count;
     uint32_t reserved;
     struct pa_region region[PA_MAX_REGIONS];
@@ -131,26 +142,26 @@ struct pa_view {
 
 /* Bytes of state for `pages` pages, header included. */
 uint64_t pa_zone_bytes(uint64_t pages);
-/* Make a zone for pages [base_pfn, end_pfn), all of them reserved for now. 0, or PA_EINVAL. */
-int pa_init(const struct pa_view *view, uint64_t base_pfn, uint64_t end_pfn, uint64_t watermark_min,
+/* Make a zone for pages [base_pfn, end_pfn), all of them reserved for now. 0, or PA_EINVAL (also if it would
+ * end behind the last region). */
+int pa_init(struct pa_view *view, uint64_t base_pfn, uint64_t end_pfn, uint64_t watermark_min,
             uint64_t content_seed);
 /* Give reserved pages [start_pfn, end_pfn) to the zone as free pages. They must be RAM. 0, PA_EPFN,
  * PA_ECORRUPT. */
 int pa_add_range(const struct pa_view *view, uint64_t start_pfn, uint64_t end_pfn);
-/* Check that the header is one of ours and fits its room; call it once per process. 0 or PA_VHEADER. */
-int pa_attach(const struct pa_view *view);
+/* Check that the header is one of ours and fits its room and RAM, and note where the zone lies; call it once
+ * per process. 0 or PA_VHEADER. */
+int pa_attach(struct pa_view *view);
 
 /* Allocate one block of 2^order pages; returns its pfn. */
 int64_t pa_alloc(const struct pa_view *view, uint32_t order, uint32_t flags, uint32_t owner, uint32_t tag);
 /* Allocate up to `n` blocks in one call, exactly those that n calls of pa_alloc would give. Stops at the
- * first failure; returns how many there are in `out`, or the error if there are none. *error (may be NULL)
- * says why there are fewer. */
+ * first failure; returns how many there are in `out`. */
 int64_t pa_alloc_bulk(const struct pa_view *view, uint32_t order, uint64_t n, uint32_t flags, uint32_t owner,
                       uint32_t tag, uint64_t *out, int *error);
 /* Free a block. 0; or an error with nothing changed; or PA_ECORRUPT: it is free, but could not be merged. */
 int pa_free(const struct pa_view *view, uint64_t pfn, uint32_t order);
-/* Free `n` blocks. Returns how many were freed; if fewer than n, *error says why pfns[result] could not be.
- */
+/* Free `n` blocks in the order given, up to the first that cannot be. Returns how many were freed. */
 int64_t pa_free_bulk(const struct pa_view *view, uint32_t order, uint64_t n, const uint64_t *pfns,
                      int *error);
 /* Free all blocks of that owner and tag (PA_ANY: any) that start in [start_pfn, end_pfn). Returns pages
@@ -167,11 +178,11 @@ int64_t pa_free_owned(const struct pa_view *view, uint64_t start_pfn, uint64_t e
 
 /* Take up to `n` free, unmarked blocks of the largest order off the free list, without going below the
  * watermark; they belong to PA_OWNER_REPORT. Their pages are not touched and no statistics change. Returns
- * how many, or PA_ECORRUPT. */
+ * how many; PA_ECORRUPT if damage was met before the first. */
 int64_t pa_report_take(const struct pa_view *view, uint64_t n, uint64_t *out);
 /* Put such blocks back, marked if `reported`, behind all others of the list, so that they are used last.
  * Nothing is poisoned. Returns 0; PA_EPFN, PA_ENOTALLOC if one is no block of PA_OWNER_REPORT (those before
- * it are back). */
+ * it are back); PA_ECORRUPT if the list is damaged (none is back). */
 int pa_report_return(const struct pa_view *view, uint64_t n, const uint64_t *pfns, uint32_t reported);
 /* How many free blocks of the largest order are marked; or PA_ECORRUPT. */
 int64_t pa_report_marked(const struct pa_view *view);
@@ -179,7 +190,8 @@ int64_t pa_report_marked(const struct pa_view *view);
 /* ---- walks ---- */
 
 /* Or the bits of the pages that belong to `owner` into `map`, bit = pfn, `words` long.
- * PA_OWNER_NONE stands for all allocated pages, PA_OWNER_FREE for all free ones. Returns how many pages. */
+ * PA_OWNER_NONE stands for all allocated pages, PA_OWNER_FREE for all free ones. Returns how many pages;
+ * PA_EINVAL if `map` is shorter than the zone. */
 int64_t pa_bitmap(const struct pa_view *view, uint32_t owner, uint64_t *map, uint64_t words);
 /* Count the pages of each owner; counts[0] is for free pages. Returns blocks seen. */
 int64_t pa_count_owners(const struct pa_view *view, uint64_t counts[256]);
@@ -206,8 +218,8 @@ struct pa_check_result {
     uint64_t first_wrong; /* pfn, or all ones */
 };
 
-/* Write the content of (seed, pfn, version) into each page. No journal, no mem_map. 0 or PA_EPFN (some pages
- * may have been written). `versions` NULL stands for all zero. */
+/* Write the content of (seed, pfn, version) into each page and mark it in the dirty log. No journal, no
+ * mem_map. 0 or PA_EPFN (some pages may have been written). `versions` NULL stands for all zero. */
 int pa_fill(const struct pa_view *view, uint64_t n, const uint64_t *pfns, uint64_t seed,
             const uint32_t *versions);
 /* Compare each page with what it should hold. 0 or PA_EPFN. */

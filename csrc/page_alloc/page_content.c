@@ -51,11 +51,12 @@ int pa_journal_use(struct pa_view *view, uint8_t *base, uint64_t bytes)
     if (base == NULL)
         return 0;
     const struct pa_journal *journal = (const struct pa_journal *)(const void *)base;
-    if (bytes < PA_JOURNAL_HEADER)
+    if (bytes < PA_JOURNAL_HEADER || (uintptr_t)base & 7)
         return PA_EJOURNAL;
-    uint64_t pages = journal->pages; /* shared memory: read once */
-    if (journal->magic != PA_JOURNAL_MAGIC || journal->version != PA_JOURNAL_VERSION ||
-        journal->header_bytes != PA_JOURNAL_HEADER || pages > (bytes - PA_JOURNAL_HEADER) / 8)
+    uint64_t pages = pa_load64(&journal->pages);
+    if (pa_load64(&journal->magic) != PA_JOURNAL_MAGIC ||
+        pa_load32(&journal->version) != PA_JOURNAL_VERSION ||
+        pa_load32(&journal->header_bytes) != PA_JOURNAL_HEADER || pages > (bytes - PA_JOURNAL_HEADER) / 8)
         return PA_EJOURNAL;
     for (uint32_t i = 0; i < view->region_count; i++) {
         if (view->region[i].end_pfn > pages)
@@ -165,6 +166,7 @@ int pa_fill(const struct pa_view *view, uint64_t n, const uint64_t *pfns, uint64
         if (page == NULL)
             return PA_EPFN;
         fill_page(page, page_key(seed, pfns[i], versions ? versions[i] : 0));
+        mark_dirty(view, 1, &pfns[i], 1);
     }
     return 0;
 }
@@ -192,17 +194,17 @@ int pa_check(const struct pa_view *view, uint64_t n, const uint64_t *pfns, uint6
 }
 
 /* A piece of at most BATCH pages, already known to be RAM and inside the zone. */
-static void write_piece(const struct pa_view *view, uint64_t count, const uint64_t *pfns, uint64_t pages,
-                        uint32_t bump)
+static void write_piece(const struct pa_view *view, const struct pa_span *span, uint64_t count,
+                        const uint64_t *pfns, uint64_t pages, uint32_t bump)
 {
-    const struct pa_zone *zone = pa_zone_of(view);
-    struct pa_page *map = pa_map_of(view);
+    const uint64_t seed = pa_load64(&span->zone->content_seed);
     stamp_before(view, count, pfns, pages);
     for (uint64_t i = 0; i < count; i++) {
         for (uint64_t pfn = pfns[i]; pfn < pfns[i] + pages; pfn++) {
-            struct pa_page *page = &map[pfn - zone->base_pfn];
-            page->version += bump;
-            fill_page(pa_page_address(view, pfn), page_key(zone->content_seed, pfn, page->version));
+            struct pa_page *page = &span->map[pfn - span->base];
+            uint32_t version = pa_load32(&page->version) + bump;
+            page->version = version;
+            fill_page(pa_page_address(view, pfn), page_key(seed, pfn, version));
         }
     }
     stamp_after(view, count, pfns, pages);
@@ -210,12 +212,15 @@ static void write_piece(const struct pa_view *view, uint64_t count, const uint64
 
 int64_t pa_write(const struct pa_view *view, uint32_t order, uint64_t n, const uint64_t *pfns, uint32_t bump)
 {
-    const struct pa_zone *zone = pa_zone_of(view);
+    struct pa_span span;
+    int error = pa_begin(view, &span);
+    if (error)
+        return error;
     if (order >= PA_MAX_ORDER)
         return PA_EINVAL;
     uint64_t pages = (uint64_t)1 << order;
     for (uint64_t i = 0; i < n; i++) {
-        if (pfns[i] < zone->base_pfn || pfns[i] >= zone->end_pfn || zone->end_pfn - pfns[i] < pages)
+        if (!pa_holds(&span, pfns[i], pages))
             return PA_EPFN;
         for (uint64_t j = 0; j < pages; j++) {
             if (pa_page_address(view, pfns[i] + j) == NULL)
@@ -229,9 +234,9 @@ int64_t pa_write(const struct pa_view *view, uint32_t order, uint64_t n, const u
         for (uint64_t j = 0; j < pages; j += piece) {
             uint64_t first = pfns[i] + j;
             if (pages == piece)
-                write_piece(view, count, pfns + i, piece, bump);
+                write_piece(view, &span, count, pfns + i, piece, bump);
             else
-                write_piece(view, 1, &first, piece, bump);
+                write_piece(view, &span, 1, &first, piece, bump);
         }
     }
     return (int64_t)(n << order);
@@ -240,26 +245,29 @@ int64_t pa_write(const struct pa_view *view, uint32_t order, uint64_t n, const u
 int pa_check_owned(const struct pa_view *view, uint64_t start_pfn, uint64_t end_pfn, uint32_t owner,
                    uint32_t tag, struct pa_check_result *result)
 {
-    const struct pa_zone *zone = pa_zone_of(view);
-    const struct pa_page *map = pa_map_of(view);
+    struct pa_span span;
+    int error = pa_begin(view, &span);
     *result = (struct pa_check_result){0, 0, UINT64_MAX};
-    if (start_pfn < zone->base_pfn)
-        start_pfn = zone->base_pfn;
-    if (end_pfn > zone->end_pfn)
-        end_pfn = zone->end_pfn;
+    if (error)
+        return error;
+    const uint64_t seed = pa_load64(&span.zone->content_seed);
+    if (start_pfn < span.base)
+        start_pfn = span.base;
+    if (end_pfn > span.base + span.pages)
+        end_pfn = span.base + span.pages;
     while (start_pfn < end_pfn) {
-        const struct pa_page *page = &map[start_pfn - zone->base_pfn];
-        uint64_t n = pa_block_pages(zone, map, start_pfn - zone->base_pfn);
+        const struct pa_page *page = &span.map[start_pfn - span.base];
+        struct pa_mark mark = pa_mark_of(page);
+        uint64_t n = pa_block_pages(&span, start_pfn - span.base, mark);
         if (n == 0)
             return PA_ECORRUPT;
-        if (page->flags == PA_F_ALLOC && (owner == PA_ANY || page->owner == owner) &&
-            (tag == PA_ANY || page->tag == tag)) {
+        if (pa_is_owned(mark, owner, tag)) {
             for (uint64_t i = 0; i < n; i++) {
                 uint64_t pfn = start_pfn + i;
                 const uint8_t *bytes = pa_page_address(view, pfn);
                 if (bytes == NULL)
                     return PA_ECORRUPT;
-                check_one(bytes, pfn, page_key(zone->content_seed, pfn, page[i].version), result);
+                check_one(bytes, pfn, page_key(seed, pfn, pa_load32(&page[i].version)), result);
             }
         }
         start_pfn += n;

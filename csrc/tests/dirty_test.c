@@ -3,10 +3,16 @@
  * Arguments: seed, seconds (2000 operations at least). Bitmaps are exactly as long as they have to be, so
  * that a sanitizer sees a word too many.
  */
+#include <errno.h>
+#include <linux/filter.h>
+#include <linux/seccomp.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <sys/prctl.h>
+#include <sys/syscall.h>
+#include <sys/wait.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -222,6 +228,42 @@ static void contents(int fd, uint8_t *ram)
     free(data);
 }
 
+/* Ranges that no bitmap has bits for are refused before anything is asked. */
+static void odd_ranges(int fd)
+{
+    const uint64_t page = DIRTY_PAGE_SIZE, far = UINT64_MAX - page + 1;
+
+    CHECK(dirty_pagemap_scan(fd, page, page + 1, 0, into) == -EINVAL);
+    CHECK(dirty_pagemap_scan(fd, page + 8, page, 0, into) == -EINVAL);
+    CHECK(dirty_pagemap_scan(fd, far, 2 * page, 0, into) == -EINVAL);
+    CHECK(dirty_present_scan(fd, 1, page, 0, into) == -EINVAL);
+    CHECK(dirty_present_scan(fd, far, 2 * page, 0, into) == -EINVAL);
+    CHECK(dirty_cachestat_scan(fd, 0, page + 1, 0, into) == -EINVAL);
+    CHECK(dirty_pagemap_scan(fd, page, page, 0, into) == -ENOTTY); /* a memory object is no pagemap */
+    CHECK(dirty_pagemap_scan(-1, page, page, 0, into) == -EBADF);
+}
+
+/* A kernel that says it has scanned and has not, made of one where ioctl returns 0 and does nothing: an
+ * error, not an empty log. */
+static void scan_without_progress(int fd)
+{
+    struct sock_filter nothing[] = {BPF_STMT(BPF_LD | BPF_W | BPF_ABS, 0), /* the system call's number */
+                                    BPF_JUMP(BPF_JMP | BPF_JEQ | BPF_K, SYS_ioctl, 0, 1),
+                                    BPF_STMT(BPF_RET | BPF_K, SECCOMP_RET_ERRNO),
+                                    BPF_STMT(BPF_RET | BPF_K, SECCOMP_RET_ALLOW)};
+    struct sock_fprog program = {sizeof(nothing) / sizeof(nothing[0]), nothing};
+    int status = 0;
+    pid_t child = fork();
+
+    if (child == 0) {
+        if (prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) || prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, &program))
+            _exit(2);
+        _exit(dirty_pagemap_scan(fd, DIRTY_PAGE_SIZE, 8 * DIRTY_PAGE_SIZE, 0, into) == -EIO ? 0 : 1);
+    }
+    CHECK(child > 0 && waitpid(child, &status, 0) == child);
+    CHECK(WIFEXITED(status) && WEXITSTATUS(status) == 0);
+}
+
 int main(int argc, char **argv)
 {
     uint64_t operations = 0;
@@ -237,6 +279,8 @@ int main(int argc, char **argv)
     CHECK(fd >= 0);
     ram = mmap(NULL, RAM * DIRTY_PAGE_SIZE, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
     CHECK(ram != MAP_FAILED);
+    odd_ranges(fd);
+    scan_without_progress(fd);
     for (; operations < 2000 || time(NULL) < end; operations++) {
         switch (below(5)) {
         case 0:

@@ -17,6 +17,14 @@ static uint16_t *avail_event(struct vq_device *q)
     return q->used + WORD_USED_RING + 4 * (size_t)q->size;
 }
 
+/* Why nothing can be done with the queue, or 0. */
+static inline int unusable(const struct vq_device *q)
+{
+    if (!q->mem->count)
+        return VQ_ECLOSED;
+    return q->error ? VQ_EBROKEN : 0;
+}
+
 int vq_device_init(struct vq_device *q, const struct vq_memory *mem, const struct vq_ring *ring,
                    uint16_t base, struct vq_device_head *heads)
 {
@@ -92,14 +100,14 @@ static struct vring_desc read_indirect(const struct vq_memory *mem, uint64_t add
     uint8_t copy[sizeof(struct vring_desc)] = {0};
 
     if (p)
-        return read_desc(p);
+        return read_desc_anywhere(p);
     for (uint32_t i = 0; i < sizeof(copy); i++) {
         const volatile uint8_t *byte = vq_memory_at(mem, addr + i, 1);
 
         if (byte)
             copy[i] = *byte;
     }
-    return read_desc(copy);
+    return read_desc_anywhere(copy);
 }
 
 /* Check the descriptor of an indirect table; the number of its entries, or an error. */
@@ -111,7 +119,7 @@ static int enter_indirect(struct vq_device *q, const struct vring_desc *d, uint3
         return bad(q, VQ_EINDIRECT_NEST, index, d->addr);
     if (d->flags & VRING_DESC_F_NEXT)
         return bad(q, VQ_EINDIRECT_NEXT, index, d->flags);
-    if (d->len == 0 || d->len % sizeof(*d) || d->len / sizeof(*d) > q->size)
+    if (d->len == 0 || d->len % sizeof(*d))
         return bad(q, VQ_EINDIRECT_SIZE, index, d->len);
     if (!vq_memory_covers(q->mem, d->addr, d->len))
         return bad(q, VQ_EADDR, index, d->addr);
@@ -210,8 +218,8 @@ static int take_chain(struct vq_device *q, uint32_t head, const struct vring_des
     return walk_chain(q, *d, chain, segs, room);
 }
 
-int vq_device_pop(struct vq_device *q, struct vq_chain *chains, uint32_t max_chains, struct vq_seg *segs,
-                  uint32_t max_segs)
+static inline int pop(struct vq_device *q, struct vq_chain *chains, uint32_t max_chains, struct vq_seg *segs,
+                      uint32_t max_segs)
 {
     const uint32_t mask = q->size - 1;
     const uint16_t *ring = q->avail + WORD_AVAIL_RING;
@@ -222,8 +230,6 @@ int vq_device_pop(struct vq_device *q, struct vq_chain *chains, uint32_t max_cha
     uint16_t at = q->avail_next;
     int ready, err = 0;
 
-    if (q->error)
-        return VQ_EBROKEN;
     if (q->pending)
         return q->error = q->pending;
     if (max_chains == 0)
@@ -250,7 +256,8 @@ int vq_device_pop(struct vq_device *q, struct vq_chain *chains, uint32_t max_cha
             err = bad(q, VQ_EHEAD, head, head);
             break;
         }
-        read_words(&table[head], &addr, &rest);
+        addr = load64(&table[head].addr);
+        rest = load64(&table[head].len);
         len = (uint32_t)rest;
         if (!h->held && used_segs < max_segs && len != 0 && addr - region_gpa < region_size &&
             len <= region_size - (addr - region_gpa) && !(rest & FOLLOWED)) {
@@ -294,6 +301,14 @@ int vq_device_pop(struct vq_device *q, struct vq_chain *chains, uint32_t max_cha
     return (int)n;
 }
 
+int vq_device_pop(struct vq_device *q, struct vq_chain *chains, uint32_t max_chains, struct vq_seg *segs,
+                  uint32_t max_segs)
+{
+    int err = unusable(q);
+
+    return err ? err : pop(q, chains, max_chains, segs, max_segs);
+}
+
 int vq_device_unpop(struct vq_device *q, const uint32_t *heads, uint32_t n)
 {
     uint16_t first = (uint16_t)(q->avail_next - n);
@@ -315,7 +330,7 @@ int vq_device_unpop(struct vq_device *q, const uint32_t *heads, uint32_t n)
 
 /* ---- giving them back ---- */
 
-int vq_device_push(struct vq_device *q, const uint32_t *heads, const uint32_t *lens, uint32_t n)
+static inline int push(struct vq_device *q, const uint32_t *heads, const uint32_t *lens, uint32_t n)
 {
     const uint32_t mask = q->size - 1;
     struct vq_device_head *held =
@@ -323,10 +338,10 @@ int vq_device_push(struct vq_device *q, const uint32_t *heads, const uint32_t *l
     uint16_t *ring = q->used + WORD_USED_RING;
     uint16_t old = q->used_next, now = old;
 
-    if (q->error)
-        return VQ_EBROKEN;
     if (n == 0)
         return 0;
+    if (n > q->in_flight) /* also what bounds the reading of `heads`, if it is as long as the queue */
+        return VQ_ENOTHELD;
     for (uint32_t i = 0; i < n; i++) {
         uint32_t head = heads[i], len = lens[i];
         struct vq_device_head *h = &held[head & mask];
@@ -357,21 +372,30 @@ int vq_device_push(struct vq_device *q, const uint32_t *heads, const uint32_t *l
     return !(load16(q->avail + WORD_FLAGS) & VRING_AVAIL_F_NO_INTERRUPT);
 }
 
+int vq_device_push(struct vq_device *q, const uint32_t *heads, const uint32_t *lens, uint32_t n)
+{
+    int err = unusable(q);
+
+    return err ? err : push(q, heads, lens, n);
+}
+
 int vq_device_exchange(struct vq_device *q, struct vq_device_io *io, uint32_t n_push, uint32_t max_pop,
                        uint32_t spins)
 {
     const struct vq_chain *chains = io->chains;
     uint32_t *heads = io->heads;
-    int n;
+    int n = unusable(q);
 
     io->n_chains = io->n_segs = io->notify = 0;
-    n = vq_device_push(q, io->heads, io->lens, n_push);
+    if (n)
+        return n;
+    n = push(q, io->heads, io->lens, n_push);
     if (n < 0)
         return n;
     io->notify = (uint32_t)n;
     if (max_pop > io->max_chains)
         max_pop = io->max_chains;
-    n = vq_device_pop(q, io->chains, max_pop, io->segs, io->max_segs);
+    n = pop(q, io->chains, max_pop, io->segs, io->max_segs);
     if (n == 0 && max_pop && !io->notify) {
         while (spins &&
                load16(q->avail + WORD_IDX) == q->avail_next) { /* no order needed: the pop acquires */
@@ -379,7 +403,7 @@ int vq_device_exchange(struct vq_device *q, struct vq_device_io *io, uint32_t n_
             cpu_relax();
         }
         if (spins)
-            n = vq_device_pop(q, io->chains, max_pop, io->segs, io->max_segs);
+            n = pop(q, io->chains, max_pop, io->segs, io->max_segs);
     }
     if (n <= 0)
         return n;
@@ -395,10 +419,12 @@ int vq_device_exchange(struct vq_device *q, struct vq_device_io *io, uint32_t n_
 
 int vq_device_enable_notify(struct vq_device *q)
 {
-    int ready;
+    int ready = unusable(q);
 
-    if (q->error)
-        return VQ_EBROKEN;
+    if (ready)
+        return ready;
+    if (q->pending)
+        return q->error = q->pending;
     if (q->flags & VQ_F_EVENT_IDX)
         store16(avail_event(q), q->avail_next);
     else
@@ -414,8 +440,10 @@ int vq_device_enable_notify(struct vq_device *q)
 
 int vq_device_disable_notify(struct vq_device *q)
 {
-    if (q->error)
-        return VQ_EBROKEN;
+    int err = unusable(q);
+
+    if (err)
+        return err;
     if (q->flags & VQ_F_EVENT_IDX)
         store16(avail_event(q), (uint16_t)(q->avail_next - 1)); /* just passed: 65535 buffers away */
     else

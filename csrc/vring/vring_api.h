@@ -17,6 +17,7 @@ enum vq_error {
     VQ_EINVAL = -5,      /* the caller's argument is wrong */
     VQ_ENOTHELD = -6,    /* device half: the caller returns a head it does not hold, or not in that order */
     VQ_ESTATE = -7,      /* driver half: the saved private state is no state of this queue, or damaged */
+    VQ_ECLOSED = -8,     /* the table of guest memory is empty: it was unmapped, and the ring with it */
     /* found by the device half in what the driver wrote */
     VQ_EAVAIL_AHEAD =
         -16, /* avail idx is further ahead than the queue size, or was moved back  split.avail.driver-1 */
@@ -32,8 +33,8 @@ enum vq_error {
     VQ_EINDIRECT = -24,      /* INDIRECT although not negotiated      split.indirect.driver-1 */
     VQ_EINDIRECT_NEST = -25, /* an indirect table inside another split.indirect.driver-2 */
     VQ_EINDIRECT_NEXT = -26, /* INDIRECT together with NEXT split.indirect.driver-4 */
-    VQ_EINDIRECT_SIZE =
-        -27, /* indirect table empty, no multiple of 16, or over the queue size split.indirect.driver-3 */
+    VQ_EINDIRECT_SIZE = -27, /* indirect table empty, or no multiple of 16; longer than the queue size is
+                              * allowed, for that bounds the chain, not the table */
     VQ_ESEGS =
         -28, /* the caller's segment array cannot hold one whole chain (caller's fault, queue unharmed) */
     VQ_EINUSE = -29, /* the same head was made available twice before it was used */
@@ -133,7 +134,11 @@ void *vq_memory_at(const struct vq_memory *mem, uint64_t addr, uint64_t len);
 /* ---- driver half ----
  *
  * Its private state may lie inside guest RAM, so that it travels with a migrated guest: it holds guest
- * addresses and counters, no pointers. struct vq_driver is the binding of one process to such a state. */
+ * addresses and counters, no pointers. struct vq_driver is the binding of one process to such a state.
+ *
+ * The device can write that state, so it is written and not believed: places, sizes, indices and errors count
+ * as the binding has them, which are read from the state once, by vq_driver_bind. Lists and tokens are in
+ * the state alone; numbers found there are masked or bounded, and a token is to be checked by who gets it. */
 
 struct vq_driver_head { /* one per descriptor, in use where it heads a chain */
     uint64_t token;
@@ -177,10 +182,26 @@ struct vq_driver {
     struct vring_desc *indirect;
     uint16_t *avail; /* flags, idx, ring[size], used_event */
     uint16_t *used;  /* flags, idx, elements, avail_event */
-    uint32_t mask;   /* size - 1, out of reach of whoever can write the state */
+    const struct vq_memory *mem;
+    uint32_t mask; /* size - 1 */
     uint32_t flags;
+    /* as in the state */
+    uint16_t avail_next;
+    uint16_t avail_published;
+    uint16_t used_next;
+    uint16_t used_seen;
+    uint16_t free_head;
+    uint16_t free_tail;
+    uint16_t outstanding;
+    uint16_t reserved;
+    int32_t error;
+    int32_t pending;
+    uint32_t bad_index;
+    uint32_t bad_id;
+    uint32_t cut_lens;
     uint32_t indirect_len;
-    uint32_t reserved;
+    uint64_t indirect_addr; /* guest address of the tables at `indirect` */
+    struct vq_ring ring;
 };
 
 /* Arguments and results of vq_driver_exchange that stay the same from call to call. */
@@ -200,16 +221,18 @@ struct vq_driver_io {
 uint64_t vq_driver_state_bytes(uint32_t size);
 
 /* Start a queue: check `ring`, zero avail and used ring (split.availnotif.driver-1), write the state, bind to
- * it. `indirect` is the guest address of size * indirect_len descriptors, used for chains of 2 to
+ * it. `mem` must live as long as the queue; every call but vq_driver_num_free returns VQ_ECLOSED once its
+ * count is 0. `indirect` is the guest address of size * indirect_len descriptors, used for chains of 2 to
  * indirect_len segments when VQ_F_INDIRECT is set. `base` is the first avail and used idx: 0 for a fresh
  * queue. The device must not be running on this ring. Callbacks start enabled. Returns 0, VQ_ESIZE,
- * VQ_EALIGN, VQ_ERANGE_RING, or VQ_EINVAL (state NULL or misaligned, indirect_len over size). */
+ * VQ_EALIGN, VQ_ERANGE_RING, or VQ_EINVAL (state NULL or misaligned, indirect_len over size); on error *q is
+ * as it was. */
 int vq_driver_init(struct vq_driver *q, const struct vq_memory *mem, const struct vq_ring *ring,
                    uint64_t indirect, uint32_t indirect_len, uint16_t base, void *state);
 
-/* Bind to a state that vq_driver_init wrote, in this process or another one, and go on with it.
- * `state_bytes` is how much memory there is at `state`. The state is checked as a whole; nothing is written.
- * Returns as vq_driver_init, or VQ_ESTATE. */
+/* Bind to a state that vq_driver_init wrote, in this process or another one, and go on with it: the binding
+ * before it must not be used again. `state_bytes` is how much memory there is at `state`. The state is
+ * checked as a whole; nothing is written. Returns as vq_driver_init, or VQ_ESTATE. */
 int vq_driver_bind(struct vq_driver *q, const struct vq_memory *mem, void *state, uint64_t state_bytes);
 
 /* Add n buffers; the device sees them after vq_driver_publish. counts[i] segments make buffer i; counts NULL:
@@ -235,15 +258,15 @@ int vq_driver_exchange(struct vq_driver *q, struct vq_driver_io *io, uint32_t n_
 /* Ask for an interrupt once `delay` more buffers than the next one were used (cut to what is outstanding; 0:
  * at the next one; without EVENT_IDX always 0). One interrupt: collect everything and call it again for
  * another. Returns 1 if that point has passed already: no interrupt will come, collect. 0 otherwise, or an
- * error as collect. */
+ * error as collect, also one that was found behind the buffers collected last. */
 int vq_driver_enable_cb(struct vq_driver *q, uint32_t delay);
 
 /* Ask for no interrupts (a hint: they may still come, split.usednotif.driver-5). Returns 0 or VQ_EBROKEN. */
 int vq_driver_disable_cb(struct vq_driver *q);
 
 /* After a reset of the device: give up all outstanding buffers, published or not, in no particular order, and
- * start the ring again from index 0. Works on a broken queue. Returns how many tokens were written; VQ_EINVAL
- * and no effect if there are more than max. */
+ * start the ring again from index 0. Works on a broken queue. Returns how many tokens were written, at most
+ * as many as buffers are outstanding; VQ_EINVAL and no effect if those are more than max. */
 int vq_driver_detach(struct vq_driver *q, uint64_t *tokens, uint32_t max);
 
 /* Free descriptors of the table. */
@@ -292,7 +315,8 @@ struct vq_device_io {
     uint32_t notify;
 };
 
-/* Attach to a ring that a driver set up. `heads` is memory for ring->size entries and is zeroed; `base` the
+/* Attach to a ring that a driver set up. `mem` must live as long as the queue; every call returns VQ_ECLOSED
+ * once its count is 0. `heads` is memory for ring->size entries and is zeroed; `base` the
  * avail idx to start from, and the used idx (nothing is in flight): 0 or what SET_VRING_BASE said. Returns 0,
  * VQ_ESIZE, VQ_EALIGN, VQ_ERANGE_RING or VQ_EINVAL. */
 int vq_device_init(struct vq_device *q, const struct vq_memory *mem, const struct vq_ring *ring,
@@ -323,7 +347,8 @@ int vq_device_exchange(struct vq_device *q, struct vq_device_io *io, uint32_t n_
                        uint32_t spins);
 
 /* Ask to be kicked at the next buffer. Returns 1 if buffers are pending already (no kick will come: pop), 0
- * if not, VQ_EAVAIL_AHEAD or VQ_EBROKEN. One kick: drain the queue and call it again for another. */
+ * if not, or an error as pop, also one that was found behind the buffers popped last. One kick: drain the
+ * queue and call it again for another. */
 int vq_device_enable_notify(struct vq_device *q);
 
 /* Ask for no kicks (a hint: they may still come, split.availnotif.device-5). Returns 0 or VQ_EBROKEN. */

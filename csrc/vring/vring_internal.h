@@ -47,6 +47,11 @@ static inline void store16_release(uint16_t *p, uint16_t v)
     __atomic_store_n((shared_u16 *)p, v, __ATOMIC_RELEASE);
 }
 
+static inline uint64_t load64(const void *p)
+{
+    return __atomic_load_n((const shared_u64 *)p, __ATOMIC_RELAXED);
+}
+
 static inline uint32_t load32(const void *p)
 {
     return __atomic_load_n((const shared_u32 *)p, __ATOMIC_RELAXED);
@@ -85,19 +90,7 @@ static inline void full_barrier(void)
     __atomic_thread_fence(__ATOMIC_SEQ_CST);
 }
 
-/* Copy one descriptor, reading each byte once. An indirect table may lie at any address, so no aligned
- * access; the empty asm keeps the compiler from going back to shared memory for what it already has. */
-static inline void read_words(const void *p, uint64_t *addr, uint64_t *rest)
-{
-    uint64_t low, high;
-
-    memcpy(&low, p, 8);
-    memcpy(&high, (const uint8_t *)p + 8, 8);
-    __asm__ volatile("" : "+r"(low), "+r"(high));
-    *addr = low;
-    *rest = high;
-}
-
+/* A descriptor as its two words, `addr` and (from the low end) len, flags, next. */
 static inline struct vring_desc desc_of(uint64_t addr, uint64_t rest)
 {
     struct vring_desc d = {addr, (uint32_t)rest, (uint16_t)(rest >> 32), (uint16_t)(rest >> 48)};
@@ -105,12 +98,23 @@ static inline struct vring_desc desc_of(uint64_t addr, uint64_t rest)
     return d;
 }
 
-static inline struct vring_desc read_desc(const void *p)
+/* Copy a descriptor of the table, which is aligned. */
+static inline struct vring_desc read_desc(const struct vring_desc *p)
 {
-    uint64_t addr, rest;
+    return desc_of(load64(&p->addr), load64(&p->len));
+}
 
-    read_words(p, &addr, &rest);
-    return desc_of(addr, rest);
+/* Copy a descriptor from anywhere: an indirect table may lie at any address. Where no aligned access will do,
+ * each byte is read once, and the empty asm keeps the compiler from going back for what it already has. */
+static inline struct vring_desc read_desc_anywhere(const void *p)
+{
+    uint64_t words[2];
+
+    if (((uintptr_t)p & 7) == 0)
+        return read_desc(p);
+    memcpy(words, p, sizeof(words));
+    __asm__ volatile("" : "+r"(words[0]), "+r"(words[1]));
+    return desc_of(words[0], words[1]);
 }
 
 /* Two neighbouring 32-bit fields of private memory at once, the first in the low half. */
@@ -133,6 +137,10 @@ static inline void write_desc(struct vring_desc *p, uint64_t addr, uint32_t len,
     store64(&p->addr, addr);
     store64(&p->len, (uint64_t)len | (uint64_t)flags << 32 | (uint64_t)next << 48);
 }
+
+/* Change a figure of a driver's queue: the binding's is the one that counts, the state's is for whoever binds
+ * to it next. */
+#define vq_keep(q, field, value) ((q)->state->field = (q)->field = (value))
 
 /* Whether moving an index from old to new passes `event`, modulo 65536 (ring.eventidx-1). */
 static inline int need_event(uint16_t event, uint16_t now, uint16_t old)

@@ -19,6 +19,7 @@ from guest_driver.balloon.state import (
 )
 from guest_driver.memory_manager import MemoryManager
 from guest_driver.transport import CanWait, Transport
+from vring.errors import VirtioError
 from vring.split import DriverQueue, QueueLayout
 
 __all__ = ["DriverCore"]
@@ -48,7 +49,11 @@ class DriverCore:
 
     def _map_state(self) -> None:
         kernel, memory = self.manager.kernel, self.manager.memory
-        where = {name: kernel.pieces[name][0] for name in PIECES}
+        where = {}
+        for name, size in PIECES.items():
+            where[name], room = kernel.pieces.get(name, (0, 0))
+            if room < size or where[name] % 8:
+                raise VirtioError(f"the kernel area of this RAM has no piece {name!r} of {size} bytes: it is damaged")
         self._record = memory.array(where["balloon"], 1, STATE)
         self._state = self._record[0]
         self._commands_gpa, self._pfns_gpa = where["balloon.commands"], where["balloon.pfns"]

@@ -120,7 +120,8 @@ class BalloonDriver(Hinting, Inflating, Reporting, Statistics):
         transport.set_driver_features(driver.features)
         for role, index in driver._roles():
             state = kernel.find(f"{role.value}.state")
-            assert state is not None
+            if state is None:
+                raise VirtioError(f"the kernel area of this RAM has no state of the {role.value}: it is damaged")
             queue = DriverQueue.attach(manager.memory, state, index=index)
             driver._queues[role] = queue
             transport.setup_queue(index, queue.layout, base=bases.get(index, 0))
@@ -202,6 +203,7 @@ class BalloonDriver(Hinting, Inflating, Reporting, Statistics):
             )
         # Some transports cannot ask for the largest size (vhost-user): what the profile says is no more than that.
         largest = min(largest, self.profile.queue_sizes[list(QueueRole).index(role)])
+        largest = 1 << largest.bit_length() - 1  # a maximum may be any number, a size only a power of two (ring.size-1)
         layout, state = self._ring(role, largest)
         queue = DriverQueue(
             self.manager.memory,
@@ -229,7 +231,9 @@ class BalloonDriver(Hinting, Inflating, Reporting, Statistics):
 
         Only reports have buffers of more than one segment, and a ring of many entries holds several of them anyway.
         """
-        if role is not QueueRole.REPORTING or not self.features & CommonFeature.INDIRECT_DESC or size > REPORT_RANGES:
+        if role is not QueueRole.REPORTING or not self.features & CommonFeature.INDIRECT_DESC:
+            return None
+        if not 1 < size <= REPORT_RANGES:
             return None
         kernel, name = self.manager.kernel, f"{role.value}.indirect"
         place = kernel.find(name)

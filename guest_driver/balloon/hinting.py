@@ -49,16 +49,19 @@ class Hinting(DriverCore):
             return self._send_blocks(queue)
         # The id sent is the id decided on: it is not read again in between, or a STOP that came meanwhile would open a
         # run under id 0.
-        if received > CMD_ID_DONE and received != active and self._send_command(queue, received):
-            self._state["active"] = received
-            self._state["sending"] = 1
-            self._state["runs"] += 1
-            return True
-        return False
+        if received <= CMD_ID_DONE or received == active:
+            return False
+        if not self._send_command(queue, received):
+            return queue.enable_callbacks()  # the ring is full: go on when the host has used something
+        self._state["active"] = received
+        self._state["sending"] = 1
+        self._state["runs"] += 1
+        return True
 
     def _send_blocks(self, queue: DriverQueue) -> bool:
         self._reclaim(queue)
-        room = min(queue.num_free - 1, self.batch)  # one slot is kept for the command that ends the run
+        kept = queue.size > 1  # one slot, for the command that ends the run
+        room = min(queue.num_free - kept, self.batch)
         if room < 1:  # the host is slow: have it say when a quarter of the ring is free again
             return queue.enable_callbacks(queue.size // 4)
         blocks = self.manager.alloc_hint_blocks(room, out=self._blocks)
@@ -79,7 +82,7 @@ class Hinting(DriverCore):
     def _close_run(self, queue: DriverQueue) -> bool:
         """Send the stop command. Return whether that is done."""
         if not self._send_command(queue, CMD_ID_STOP):
-            return False
+            return queue.enable_callbacks()
         self._state["sending"] = 0
         self._after_run()
         return True

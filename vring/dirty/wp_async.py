@@ -20,8 +20,8 @@ from vring import bitmap
 from vring._vring import lib
 from vring.backing import close_with
 from vring.bitmap import Bitmap
-from vring.errors import MissingFacility
-from vring.memory import PAGE_SHIFT, GuestMemory
+from vring.errors import MissingFacility, UsageError
+from vring.memory import PAGE_SHIFT, PAGE_SIZE, GuestMemory
 
 __all__ = ["TrackedRange", "WpAsyncDirtyLog", "WriteProtection", "probe"]
 
@@ -97,10 +97,11 @@ class WpAsyncDirtyLog:
         self.pages = pages
         self._ranges = list(ranges)
         for r in self._ranges:
-            if r.gpa < 0 or (r.gpa + r.size) >> PAGE_SHIFT > pages:
-                raise MissingFacility(
-                    f"dirty log wp-async: process {pid} tracks {r.gpa:#x}+{r.size:#x}, outside guest memory"
-                )
+            said = f"dirty log wp-async: process {pid} tracks {r.gpa:#x}+{r.size:#x}"
+            if not 0 <= r.gpa <= r.gpa + r.size <= pages << PAGE_SHIFT or not 0 <= r.address < 1 << 64:
+                raise MissingFacility(f"{said}, outside guest memory")
+            if (r.gpa | r.size | r.address) & PAGE_SIZE - 1:
+                raise MissingFacility(f"{said} at {r.address:#x}, which is not made of whole pages")
         try:
             self._pagemap = os.open(f"/proc/{pid}/pagemap", os.O_RDONLY | os.O_CLOEXEC)
         except OSError as error:
@@ -114,7 +115,17 @@ class WpAsyncDirtyLog:
         self.sync(bitmap.empty(self.pages))
 
     def sync(self, into: Bitmap) -> int:
-        """Or the pages written since the last sync into `into` and re-protect them, in one step per page."""
+        """Or the pages written since the last sync into `into` and re-protect them, in one step per page.
+
+        Raises
+        ------
+        UsageError
+            If `into` is too short.
+        MissingFacility
+            If the pages cannot be scanned; what was written then is lost to this log.
+        """
+        if into.size * 64 < self.pages:
+            raise UsageError(f"bitmap of {into.size * 64} pages for a dirty log of {self.pages}")
         written = 0
         for r in self._ranges:
             n = lib.dirty_pagemap_scan(self._pagemap, r.address, r.size, r.gpa >> PAGE_SHIFT, bitmap.words(into))
