@@ -167,8 +167,8 @@ class HintRun:
         """Let the ids go on from anywhere: the guest may have seen some that this device knows nothing of, and would
         take no notice of one that it has answered before.
         """
-        self.command_id = self.profile.id_min + secrets.randbelow(self.profile.id_max - self.profile.id_min + 1)
-        self._issued = 0
+        self.command_id = self.profile.id_min + secrets.randbelow(self._ids)
+        self._issued, self._driver_id, self._driver_sends = self._ids, None, True
 
     def judge_command(self, command_id: int) -> Rule | Late | None:
         """Tell what is wrong with a command, before `guest_command` lets it happen; None: nothing."""
