@@ -168,8 +168,7 @@ class HintRun:
         take no notice of one that it has answered before.
         """
         self.command_id = self.profile.id_min + secrets.randbelow(self._ids)
-        self._issued, self._driver_sends = self._ids, True  # by whom and what for is not known
-        self._issued = 0
+        self._issued, self._driver_id, self._driver_sends = self._ids, None, True
 
     def judge_command(self, command_id: int) -> Rule | Late | None:
         """Tell what is wrong with a command, before `guest_command` lets it happen; None: nothing."""

@@ -92,9 +92,10 @@ class Oracle:
 
     def command(self, command_id: int) -> None:
         """See a command on the free page queue."""
-        self._running = command_id == self._issued and not self._running
-        if not self._running:
-            self._issued = None  # an id opens one run only
+        if self._running:
+            self._running, self._issued = False, None  # any command ends a run, and an id opens one only
+        else:
+            self._running = command_id == self._issued  # what comes before it is of the run before
 
     def pages(self, addr: U64, length: U64) -> None:
         """See blocks on the free page queue."""

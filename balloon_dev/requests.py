@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from balloon_dev.config import POISON_VAL, BalloonConfig
 from balloon_dev.features import BalloonFeature, QueueRole
-from balloon_dev.hinting import HintEvent, HintRun
+from balloon_dev.hinting import Action, HintEvent, HintRun
 from balloon_dev.rules import BadRequest, Late, Rule
 from balloon_dev.stats import ENTRY, MAX_ENTRIES, GuestStats
 from vring import bitmap
@@ -147,10 +147,8 @@ class Requests:
     def _hint_pages(self, addr: U64, length: U64) -> None:
         if self.tap is not None:
             self.tap.pages(addr, length)
-        verdict = self.hinting.judge_pages()
-        self.hinting.handle(HintEvent.GUEST_PAGES)
-        if verdict is not None:
-            self._judged(verdict, len(addr))
+        if self.hinting.handle(HintEvent.GUEST_PAGES) is not Action.APPLY:
+            self._judged(self.hinting.judge_pages(), len(addr))
         elif self.hint_sink is not None:
             self.hint_sink(self.hinting.command_id, addr, length)
 

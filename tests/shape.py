@@ -11,7 +11,7 @@ from balloon_dev.device import DEFAULT_FEATURES as DEVICE_FEATURES
 from balloon_dev.oracle import Verdict
 from balloon_dev.profiles import SPEC, Profile
 from guest_driver.balloon import DEFAULT_FEATURES as DRIVER_FEATURES
-from guest_driver.balloon import FreeAt
+from guest_driver.balloon import BalloonDriver, FreeAt
 from vring.errors import DeviceError, DriverError
 
 MIB = 1 << 20
@@ -35,6 +35,9 @@ class Shape:
     driver_features: int = DRIVER_FEATURES
     batch: int = 4
     free_at: FreeAt = FreeAt.DONE
+    driver: type[BalloonDriver] = BalloonDriver
+    frees_early: bool = False
+    """The driver lets hinted pages go before DONE."""
     log: str = "software"
     model: bool = True
     """Compare the device with the reference table at each step. Off: only the oracles judge."""

@@ -94,6 +94,17 @@ def test_an_id_opens_one_run_only():
     assert oracle.blocks == 1
 
 
+def test_the_stop_of_the_run_before_does_not_take_the_id():
+    """A driver that heard of STOP and the new id at once ends its old run first; the device waits for the id."""
+    oracle = Oracle(PAGES)
+    oracle.epoch_begins(1, ID)
+    oracle.command(0)
+    oracle.pages(*blocks((0x1000, 0x1000)))
+    oracle.command(ID)
+    oracle.pages(*blocks((0x2000, 0x1000)))
+    assert np.flatnonzero(oracle.hinted()).tolist() == [2]
+
+
 def test_a_new_round_ends_the_run():
     oracle = oracle_with_run((0x1000, 0x1000))
     oracle.epoch_begins(2, None)
