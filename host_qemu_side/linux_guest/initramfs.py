@@ -18,7 +18,7 @@ from host_qemu_side.linux_guest.work_folder import compiled, kept
 from vring.errors import MissingFacility
 from vring.programs import APT_INSTALL
 
-__all__ = ["Entry", "build", "cpio", "find_busybox"]
+__all__ = ["Entry", "build", "build_with", "cpio", "find_busybox"]
 
 _HERE = Path(__file__).resolve().parent
 
@@ -97,9 +97,21 @@ def build(cache: Path, kernel: GuestKernel | None = None, *, compress: bool = Fa
     UsageError
         If what lies in `cache` may be another user's.
     """
-    kernel = kernel or find_kernel()
-    busybox, module = find_busybox().read_bytes(), kernel.module.read_bytes()
-    tool = compiled(_HERE / "guest_tool.c", ["-static"], cache)
+    module = (kernel or find_kernel()).module
+    return build_with(cache, [Entry(f"lib/{module.name}", 0o100644, module.read_bytes())], compress=compress)
+
+
+def build_with(cache: Path, more: Iterable[Entry], *, compress: bool = False) -> Path:
+    """Do what `build` does for a kernel on any machine.
+
+    Parameters
+    ----------
+    cache, compress
+        As for `build`.
+    more
+        What that kernel needs beside busybox and this package's files, such as modules in ``lib``.
+    """
+    busybox, tool = find_busybox().read_bytes(), compiled(_HERE / "guest_tool.c", ["-static"], cache)
 
     entries = [Entry(name, 0o40755) for name in ("bin", "dev", "fill", "lib", "proc", "sys", "tmp")]
     entries += [
@@ -107,8 +119,8 @@ def build(cache: Path, kernel: GuestKernel | None = None, *, compress: bool = Fa
         Entry("dev/null", 0o20666, device=(1, 3)),
         Entry("bin/busybox", 0o100755, busybox),
         Entry("bin/guest_tool", 0o100755, tool),
-        Entry("lib/virtio_balloon.ko", 0o100644, module),
         Entry("init", 0o100755, (_HERE / "init.sh").read_bytes()),
+        *more,
     ]
     archive = cpio(entries)
     key = hashlib.sha256(archive + bytes([compress])).hexdigest()[:16]

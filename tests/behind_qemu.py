@@ -1,0 +1,300 @@
+"""Debian kernels on a QEMU of version 11 whose balloon is `balloon serve`: what front end and guest can do to it.
+
+``./run behind-qemu KERNEL...``. Each scene has a QEMU and a `serve` of its own; at its end the guest has used all its
+memory twice, and finds no page changed. Not part of ``./run test``: Debian's stable releases have an older QEMU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from qemu_linux import DebianKernel, LinuxOnQemu, check_qemu, debian_kernel
+from qemu_scene import MIB, NEAR, Scene, Wrong
+from rich.console import Console as Terminal
+from rich.table import Table
+
+from balloon_cli.ctl import CommandFailed
+from guest_driver.qemu.package import QEMU_ENVIRONMENT, find_qemu
+from vring.errors import MissingFacility, UsageError, VirtioError
+
+PAGES = 64 * MIB >> 12
+"""Size of the balloon in most scenes."""
+STATS = "/machine/peripheral/balloon0"
+RECONNECT = 200
+"""Milliseconds, where `serve` ends under a guest that lives."""
+
+
+# -- scenes -----------------------------------------------------------------------------------------------------------
+
+
+def inflate(s: Scene) -> None:
+    """Inflate, deflate."""
+    held = [s.guest.held()]
+    for pages in (PAGES, PAGES // 2, 0):
+        s.balloon(pages)
+        s.agree(pages, "the balloon has its size")
+        held.append(s.guest.held())
+    s.note(f"{PAGES} pages; RAM on the host {' -> '.join(str(n >> 20) for n in held)} MiB")
+
+
+def hints(s: Scene) -> None:
+    """Two runs of hints; a run that is stopped."""
+    s.hints()
+    s.serve.ask("hint-start")
+    s.serve.ask("hint-stop")
+    s.serve.ask("hint-done")
+    s.hints()
+
+
+def stats(s: Scene) -> None:
+    """Statistics, polled."""
+    s.serve.ask("qom-set", path=STATS, property="guest-stats-polling-interval", value=1)
+    for _ in range(2):
+        last = _stats(s)["last-update"]
+        s.until("fresh statistics", lambda last=last: _stats(s)["last-update"] > last)  # type: ignore[misc]
+        told, is_so = _stats(s)["stats"], s.guest.meminfo("MemFree")
+        if told["stat-total-memory"] != s.guest.meminfo("MemTotal") or abs(told["stat-free-memory"] - is_so) > NEAR:
+            raise Wrong(f"statistics {told}, MemFree {is_so}")
+    s.note(f"stat-free-memory {told['stat-free-memory'] >> 20} MiB, MemFree {is_so >> 20} MiB")
+
+
+def _stats(s: Scene) -> dict[str, Any]:
+    return s.serve.ask("qom-get", path=STATS, property="guest-stats")
+
+
+def reporting(s: Scene) -> None:
+    """Reported pages are dropped where the guest does not poison."""
+    s.guest.run("dd if=/dev/zero of=/fill/more bs=1M count=100 2>&1")
+    full = s.guest.held()
+    s.guest.run("rm /fill/more")
+    s.until("reported pages are given to the host", lambda: s.guest.held() < full - 50 * MIB)
+    s.note(f"RAM on the host {full >> 20} -> {s.guest.held() >> 20} MiB")
+
+
+def out_of_memory(s: Scene) -> None:
+    """The guest takes pages out of its balloon when it runs out of memory."""
+    s.balloon(2 * PAGES)
+    s.agree(2 * PAGES, "the balloon has its size")
+    s.guest.run("dd if=/dev/zero of=/fill/more bs=1M count=80 2>&1")
+    s.note(f"balloon {2 * PAGES} -> {s.guest.balloon_pages()} pages")
+    s.balloon(0)
+    s.guest.run("rm /fill/more")
+    s.agree(0, "the balloon is empty")
+
+
+def stop_cont(s: Scene) -> None:
+    """QEMU's stop and cont."""
+    s.balloon(PAGES)
+    s.agree(PAGES, "the balloon has its size")
+    for _ in range(2):
+        s.guest.qmp.execute("stop")
+        stopped = s.size - s.serve.ask("query-balloon")["actual"] >> 12, s.device()["balloon-pages"]
+        if stopped != (PAGES, PAGES):
+            raise Wrong(f"while it is stopped `serve` has {stopped} pages, not {PAGES}")
+        s.guest.qmp.execute("cont")
+        s.agree(PAGES, "the balloon is what it was before the stop")
+        s.use_memory()
+    s.note(f"{PAGES} pages throughout")
+    s.balloon(PAGES // 4)
+    s.agree(PAGES // 4, "the balloon follows after cont")
+    s.hints()
+
+
+def change_while_stopped(s: Scene) -> None:
+    """A new size and a run of hints while QEMU has stopped."""
+    for pages in (PAGES, PAGES // 2):
+        s.guest.qmp.execute("stop")
+        s.balloon(pages)
+        time.sleep(1)
+        s.guest.qmp.execute("cont")
+        s.agree(pages, "the balloon has the size that was asked for while stopped")
+    s.guest.qmp.execute("stop")
+    with contextlib.suppress(CommandFailed):
+        s.serve.ask("hint-start")
+        s.note("hints asked for while stopped")
+    time.sleep(1)
+    s.guest.qmp.execute("cont")
+    s.serve.ask("hint-done")
+    s.hints()
+
+
+def hints_over_stop(s: Scene) -> None:
+    """QEMU stops while the guest's pages are with the host, and while a run goes on."""
+    before = s.guest.meminfo("MemFree")
+    s.serve.ask("hint-start")
+    for _ in range(2):
+        s.guest.qmp.execute("stop")
+        time.sleep(0.5)
+        s.guest.qmp.execute("cont")
+        s.until("the guest ended its run of hints", lambda: s.serve.ask("query-hint")["ended-by"] == "guest")
+    s.guest.qmp.execute("stop")
+    s.serve.ask("hint-done")
+    s.guest.qmp.execute("cont")
+    s.until("the guest has its hinted pages back", lambda: s.guest.meminfo("MemFree") > before - NEAR)
+    s.hints()
+
+
+def reload(s: Scene) -> None:
+    """The driver is removed with a balloon, and comes back."""
+    for _ in range(3):
+        s.balloon(PAGES)
+        s.agree(PAGES, "the balloon has its size")
+        s.guest.unload()
+        if pages := s.guest.balloon_pages():
+            raise Wrong(f"the guest has {pages} pages in the balloon of a driver that is gone")
+        s.guest.load()
+        s.agree(PAGES, "the next driver inflates")
+    s.note(f"{PAGES} pages again, three times")
+    s.hints()
+
+
+def change_while_unloaded(s: Scene) -> None:
+    """A new size while there is no driver."""
+    s.balloon(PAGES)
+    s.agree(PAGES, "the balloon has its size")
+    s.guest.unload()
+    s.balloon(PAGES // 2)
+    time.sleep(1)
+    s.use_memory()
+    s.guest.load()
+    s.agree(PAGES // 2, "the next driver inflates to the size asked for meanwhile")
+
+
+def _boots_again(how: Callable[[LinuxOnQemu], object]) -> Callable[[Scene], None]:
+    def scene(s: Scene) -> None:
+        s.balloon(PAGES)
+        s.agree(PAGES, "the balloon has its size")
+        s.serve.ask("hint-start")
+        s.guest.reboot(lambda: how(s.guest))
+        s.prepare()
+        s.agree(PAGES, "the guest that boots again inflates")
+        s.use_memory()
+        s.balloon(0)
+        s.agree(0, "the balloon is empty")
+        with contextlib.suppress(CommandFailed):
+            s.serve.ask("hint-done")
+        s.hints()
+
+    return scene
+
+
+reboot = _boots_again(lambda guest: guest.begin("reboot -f"))
+reset = _boots_again(lambda guest: guest.qmp.execute("system_reset"))
+crash = _boots_again(lambda guest: guest.begin("echo c >/proc/sysrq-trigger"))
+sysrq_reboot = _boots_again(lambda guest: guest.begin("echo b >/proc/sysrq-trigger"))
+
+
+def another_qemu(s: Scene) -> None:
+    """QEMU is killed, another one connects."""
+    s.balloon(PAGES)
+    s.agree(PAGES, "the balloon has its size")
+    for _ in range(2):
+        s.guest.kill()
+        s.start()
+        s.agree(PAGES, "the guest of the next QEMU inflates")
+    s.hints()
+
+
+def serve_again(s: Scene) -> None:
+    """`serve` is killed and started again under a guest that lives."""
+    s.balloon(PAGES)
+    s.agree(PAGES, "the balloon has its size")
+    for _ in range(2):
+        s.serve.process.kill()
+        s.serve.process.wait()
+        time.sleep(1)
+        s.serve = s.new_serve()
+        s.until("QEMU connects again", lambda: s.device()["front-end"]["memory"])
+        s.until("the rings run again", lambda: s.device()["queues"][0]["live"])
+        s.note("after it: guest {}, query-balloon {}, record {}".format(*s.figures()))
+        s.hints()
+    s.balloon(PAGES // 2)
+    s.until("the guest follows", lambda: s.guest.balloon_pages() == PAGES // 2)
+    s.note("then: guest {}, query-balloon {}, record {}".format(*s.figures()))
+
+
+SCENES: dict[str, Callable[[Scene], None]] = {
+    "inflate": inflate,
+    "hints": hints,
+    "stats": stats,
+    "reporting": reporting,
+    "out-of-memory": out_of_memory,
+    "stop-cont": stop_cont,
+    "change-while-stopped": change_while_stopped,
+    "hints-over-stop": hints_over_stop,
+    "reload": reload,
+    "change-while-unloaded": change_while_unloaded,
+    "reboot": reboot,
+    "reset": reset,
+    "crash": crash,
+    "sysrq-reboot": sysrq_reboot,
+    "another-qemu": another_qemu,
+    "serve-again": serve_again,
+}
+
+
+def play(options: argparse.Namespace, kernel: DebianKernel, name: str) -> tuple[list[str], list[str]]:
+    """Play a scene; return what was seen and what was wrong."""
+    with tempfile.TemporaryDirectory(prefix="behind-qemu-") as folder:
+        arguments = "" if name == "reporting" else "page_poison=1"
+        scene = Scene(options, kernel, Path(folder), arguments)
+        wrong = []
+        start = partial(scene.start, RECONNECT if name == "serve-again" else 0)
+        for step in (start, partial(SCENES[name], scene), scene.end):
+            try:
+                step()
+            except (Wrong, VirtioError, CommandFailed, OSError) as error:
+                wrong.append(f"{type(error).__name__}: {error}")
+        trouble = scene.close()
+        if trouble:
+            wrong.append(f"{len(trouble)} complaints of its kernel, first: {trouble[0]}")
+        if wrong and options.keep:
+            kept = Path(options.keep) / f"{kernel.release}-{name}"
+            kept.mkdir(parents=True, exist_ok=True)
+            for path in (scene.serve.log, Path(folder) / "console", Path(folder) / "qemu"):
+                if path.exists():
+                    (kept / path.name).write_bytes(path.read_bytes())
+        return scene.seen, wrong
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="./run behind-qemu", description=__doc__.partition("\n")[0])
+    parser.add_argument("kernels", nargs="+", metavar="KERNEL", help="folder where a Debian kernel was unpacked")
+    parser.add_argument("--qemu", default="", help=f"the program, or its folder; default: ${QEMU_ENVIRONMENT}, PATH")
+    parser.add_argument("--only", action="append", choices=SCENES, help="play this scene; may be repeated")
+    parser.add_argument("--keep", metavar="FOLDER", help="keep the logs of scenes that went wrong")
+    options = parser.parse_args()
+    try:
+        qemu = find_qemu("pci", options.qemu)
+        check_qemu(qemu.path)
+        kernels = [debian_kernel(Path(folder)) for folder in options.kernels]
+    except (MissingFacility, UsageError) as error:
+        print(f"behind-qemu: {error}", file=sys.stderr)
+        return 3 if isinstance(error, MissingFacility) else 2
+    options.qemu = qemu.path
+    terminal = Terminal(width=None if sys.stdout.isatty() else 160)
+    table = Table("kernel", "scene", "s", "seen", "verdict", title=qemu.version)
+    failed = 0
+    with tempfile.TemporaryDirectory() as options.cache:
+        for kernel in kernels:
+            for name in options.only or SCENES:
+                began = time.monotonic()
+                seen, wrong = play(options, kernel, name)
+                failed += bool(wrong)
+                row = (kernel.release, name, f"{time.monotonic() - began:.0f}", "; ".join(seen), "; ".join(wrong))
+                print(*row[:4], row[4] or "good", sep=" | ", file=sys.stderr, flush=True)
+                table.add_row(*row[:4], row[4] or "good")
+    terminal.print(table)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
