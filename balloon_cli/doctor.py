@@ -31,13 +31,13 @@ from host_qemu_side.linux_guest.initramfs import find_busybox
 from host_qemu_side.linux_guest.kernel import find_kernel
 from host_qemu_side.linux_guest.work_folder import find_compiler
 from host_qemu_side.migration import Cancelled, Limits
-from vring import bitmap
 from vring._vring import lib
 from vring.contents import populated
 from vring.dirty import wp_async
 from vring.dirty.software import SoftwareDirtyLog
 from vring.errors import MissingFacility, UsageError, VirtioError
 from vring.memory import GuestMemory
+from vring.pages import PageSet
 from vring.programs import APT_INSTALL, origin_of, version_of
 from vring.sizes import format_size
 
@@ -128,7 +128,7 @@ def _shared_memory() -> str:
             for fd in fds:
                 os.close(fd)
             memory.write(1 << 16, b"x")
-            if bitmap.pages_of(populated(memory)).tolist() != [16]:
+            if populated(memory).numbers().tolist() != [16]:
                 raise _Problem(NOT_USABLE, "SEEK_DATA does not tell holes of a memfd", "use a newer kernel")
             punch_hole(memory.regions[0].fd, 1 << 16, 4096)
     except (OSError, VirtioError) as error:
@@ -195,11 +195,11 @@ def _software() -> str:
         log = SoftwareDirtyLog.for_memory(memory)
         log.start()
         log.mark(5)
-        seen = bitmap.empty(memory.page_span)
+        seen = PageSet(memory.page_layout)
         log.sync(seen)
         log.stop()
-        if bitmap.pages_of(seen).tolist() != [5]:
-            raise _Problem(NOT_USABLE, f"page 5 was marked, {bitmap.pages_of(seen).tolist()} found", "report a bug")
+        if seen.numbers().tolist() != [5]:
+            raise _Problem(NOT_USABLE, f"page 5 was marked, {seen.numbers().tolist()} found", "report a bug")
     return "a shared bitmap that the guest marks; works everywhere"
 
 

@@ -154,7 +154,8 @@ def drive_one(options: DriveOptions, hints: bool, progress: Progress, stopped: C
             wrong = found.wrong if found else 0
             raise Cancelled(f"{error}: the guest has its pages back at the source, {wrong} wrong") from error
         progress.say(f"QEMU sent {format_size(outcome.bytes_sent)}; the guest goes on at the second QEMU")
-        hinted = bitmap.to_bools(guest.manager.bitmap(Owner.HINT), source.memory.page_span)
+        by_number = bitmap.to_bools(guest.manager.bitmap(Owner.HINT), source.memory.page_span)
+        hinted = source.memory.page_layout.pick(by_number)
         outside = int(np.count_nonzero((digests_of(source.memory) != 0) & ~hinted))
         resumed = go_on(destination, options.batch, bool(outcome.hinted))
     run = run_as_json(outcome, hints)

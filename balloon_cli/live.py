@@ -24,8 +24,7 @@ from host_qemu_side.migration import HintRunStats, Migration, Phase
 from host_qemu_side.migration.ram import RamState
 from host_qemu_side.source import SourceHost
 from host_qemu_side.witness import Witness
-from vring import bitmap
-from vring.memory import PAGE_SHIFT, PAGE_SIZE
+from vring.memory import PAGE_SIZE
 from vring.sizes import format_size
 
 __all__ = ["CELLS", "LiveProgress", "PlainProgress", "RamMap", "make_progress"]
@@ -78,14 +77,11 @@ class RamMap:
     """
 
     def __init__(self, ram: RamState, max_cells: int) -> None:
-        spans = [(r.gpa >> PAGE_SHIFT, r.end >> PAGE_SHIFT) for r in ram.memory.regions]
-        pieces = [np.arange(first // 64, (end + 63) // 64) for first, end in spans]
-        self._words = np.unique(np.concatenate(pieces))
         self._ram = ram
-        per_cell = 1
-        while len(self._words) > per_cell * max(max_cells, 1):
+        per_cell, words = 1, len(ram.to_send.words)
+        while words > per_cell * max(max_cells, 1):
             per_cell *= 2
-        self._starts = np.arange(0, len(self._words), per_cell)
+        self._starts = np.arange(0, words, per_cell)
         self.chunk_bytes = per_cell * 64 * PAGE_SIZE
         """Bytes of RAM a cell stands for; a power of two."""
         self.pages = [0] * 4
@@ -96,9 +92,9 @@ class RamMap:
 
         A chunk shows `TO_SEND` if that is so for half of its pages, `SOME` if for any, else what most pages are.
         """
-        to_send = self._ram.to_send[self._words]
-        hinted = self._ram.skipped[self._words] & ~to_send
-        sent = self._ram.present[self._words] & ~to_send & ~hinted
+        to_send = self._ram.to_send.words
+        hinted = self._ram.skipped.words & ~to_send
+        sent = self._ram.present.words & ~to_send & ~hinted
         counts = np.stack([np.add.reduceat(_set_bits(w), self._starts) for w in (hinted, sent, to_send)])
         per_cell = self.chunk_bytes // PAGE_SIZE
         free = np.maximum(per_cell - counts.sum(axis=0), 0)
@@ -288,7 +284,7 @@ class LiveProgress(PlainProgress):
 
     def _numbers(self, migration: Migration) -> Table:
         sent, now = migration.result.bytes_sent, time.monotonic()
-        left = 0 if migration.ram is None else bitmap.count(migration.ram.to_send)
+        left = 0 if migration.ram is None else len(migration.ram.to_send)
         dirty = max(migration.current_round.pages_dirty, left)
         line = Table.grid(padding=(0, 2))
         for _ in range(4):

@@ -19,11 +19,11 @@ from balloon_dev.profiles import SPEC, Profile
 from balloon_dev.requests import MAX_REQUEST_BYTES, Discard, HintSink, LearnsDeflate, Requests, RingTap
 from balloon_dev.rules import Rule
 from balloon_dev.saved import SavedDevice
-from vring import bitmap
 from vring.dirty.software import SoftwareDirtyLog
 from vring.errors import DriverError, UsageError, quoted
 from vring.features import Status
-from vring.memory import PAGE_SHIFT, PAGE_SIZE, GuestMemory
+from vring.memory import PAGE_SIZE, GuestMemory
+from vring.pages import PageLayout, PageSet
 from vring.split import DeviceQueue
 
 __all__ = ["DEFAULT_FEATURES", "MAX_REQUEST_BYTES", "SUPPORTED_FEATURES", "BalloonDevice", "RingTap"]
@@ -99,7 +99,9 @@ class BalloonDevice(Requests):
         self._new: set[QueueRole | None] = set()
         self._calls: set[int] = set()
         self._config_change = False
-        self._ballooned = bitmap.empty(0)
+        self._ballooned = PageSet(PageLayout(0))
+        self.ballooned_pages = 0
+        """Pages that are in the balloon by what came over the queues."""
 
     # -- the transport's side -------------------------------------------------------------------------------------
 
@@ -119,16 +121,12 @@ class BalloonDevice(Requests):
         return self.config.generation
 
     def set_memory(self, memory: GuestMemory | None) -> None:
-        """Take the guest's memory; queues attached before are dropped."""
+        """Take the guest's memory; queues attached before are dropped. Pages still covered stay in the balloon."""
         self._queues.clear()
         self._held_stats = None
         self._memory = memory
-        before, self._ballooned = self._ballooned, bitmap.empty(memory.page_span if memory else 0)
-        for region in memory.regions if memory else ():
-            for first, pages in zip(*bitmap.runs(before), strict=True):
-                a, b = max(int(first), region.gpa >> 12), min(int(first + pages), region.end >> 12)
-                if a < b:
-                    bitmap.set_run(self._ballooned, a, b - a)
+        self._ballooned = self._ballooned.within(memory.page_layout if memory else PageLayout(0))
+        self.ballooned_pages = len(self._ballooned)
 
     def set_features(self, features: int) -> bool:
         """Take the driver's choice, False if it has bits that were not offered."""
@@ -192,7 +190,7 @@ class BalloonDevice(Requests):
             self._config_change = self._config_change or self.config[CMD_ID] != shown
 
     def _forget_balloon(self, *, sure: bool) -> None:
-        self._ballooned[:] = 0
+        self._ballooned, self.ballooned_pages = PageSet(self._ballooned.layout), 0
         if isinstance(self.discard, LearnsDeflate):
             self.discard.reset()
         if sure and self.actual:
@@ -264,11 +262,6 @@ class BalloonDevice(Requests):
         """Size of the balloon in pages of 4096 bytes, as the driver says."""
         return self.config[ACTUAL]
 
-    @property
-    def ballooned_pages(self) -> int:
-        """Pages that are in the balloon by what came over the queues."""
-        return bitmap.count(self._ballooned)
-
     def start_hinting(self) -> int:
         """Ask for hints; return the new command id.
 
@@ -318,7 +311,7 @@ class BalloonDevice(Requests):
 
     def save(self) -> dict[str, Any]:
         """Return the device's own state for a migration; queues are the transport's to save (see `held_buffers`)."""
-        first, pages = bitmap.runs(self._ballooned)
+        first, pages = self._ballooned.runs()
         return SavedDevice(
             self.profile.name,
             self.offered_features,
@@ -346,7 +339,7 @@ class BalloonDevice(Requests):
                 f"this one is {self.profile.name!r} offering {self.offered_features:#x}"
             )
         for first, pages in state.ballooned:
-            if self._memory is None or not self._memory.covers(first << PAGE_SHIFT, pages << PAGE_SHIFT):
+            if not self._ballooned.layout.has(first, pages):
                 raise UsageError(f"saved device state: ballooned pages {first}+{pages} are outside RAM")
         self.hinting.load(state.hinting)
         self.stats.load(state.stats)
@@ -354,9 +347,9 @@ class BalloonDevice(Requests):
         self._poison_told = state.poison_told
         for offset in (NUM_PAGES, ACTUAL, POISON_VAL):
             self.config[offset] = int.from_bytes(state.config[offset : offset + 4], "little")
-        self._ballooned[:] = 0
+        self._ballooned, self.ballooned_pages = PageSet(self._ballooned.layout), 0
         for first, pages in state.ballooned:
-            bitmap.set_run(self._ballooned, first, pages)
+            self.ballooned_pages += self._ballooned.set_run(first, pages)
         self._publish()
 
     # -- queues ---------------------------------------------------------------------------------------------------

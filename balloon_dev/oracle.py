@@ -13,6 +13,7 @@ No I/O and no clock: who takes the digests is the caller's matter.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -59,14 +60,19 @@ class Oracle:
 
     Parameters
     ----------
-    pages
-        Length of the page arrays.
-    digests
-        Array of that many uint64 to keep digests in, or None to make one. Three arrays of this size are the oracle's
-        whole memory; give it shared memory to keep it out of the process's private memory.
+    runs
+        Which pages exist: ``(first page, pages)`` of each run, ascending; or how many, from page 0 on. All arrays given
+        to the oracle have one item for each page that exists, in this order.
+    scratch
+        Arrays of that many items to keep evidence in, or None to make them. They are the oracle's whole memory; give it
+        shared memory to keep it out of the process's private memory.
     """
 
-    def __init__(self, pages: int, scratch: tuple[U64, U64, npt.NDArray[np.uint32]] | None = None) -> None:
+    def __init__(
+        self, runs: int | Iterable[tuple[int, int]], scratch: tuple[U64, U64, npt.NDArray[np.uint32]] | None = None
+    ) -> None:
+        self._runs = [(0, runs)] if isinstance(runs, int) else list(runs)
+        pages = sum(count for _, count in self._runs)
         if scratch is None:
             scratch = np.zeros(pages, np.uint64), np.zeros(pages, np.uint64), np.zeros(pages, np.uint32)
         self.at_issue, self._at_hint, self._hint_epoch = scratch
@@ -102,15 +108,25 @@ class Oracle:
         if not self._running:
             return
         for a, n in zip(addr.tolist(), length.tolist(), strict=True):
-            first, end = -(-a // PAGE), min((a + n) // PAGE, self.page_count)
-            if first < end:
-                self._at_hint[first:end] = self.at_issue[first:end]
-                self._hint_epoch[first:end] = self.epoch
+            at = 0
+            for run, count in self._runs:
+                first, end = max(-(-a // PAGE), run) - run + at, min((a + n) // PAGE, run + count) - run + at
+                if first < end:
+                    self._at_hint[first:end] = self.at_issue[first:end]
+                    self._hint_epoch[first:end] = self.epoch
+                at += count
         self.blocks += len(addr)
 
     def hinted(self) -> npt.NDArray[np.bool_]:
         """Return which pages were hinted at all."""
         return self._hint_epoch > 0
+
+    def _number(self, index: int) -> int:
+        for first, count in self._runs:
+            if index < count:
+                return first + index
+            index -= count
+        raise IndexError(index)
 
     # -- judgement ------------------------------------------------------------------------------------------------
 
@@ -120,7 +136,6 @@ class Oracle:
         destination: U64,
         *,
         last_write: npt.NDArray[np.uint32] | None = None,
-        ram: npt.NDArray[np.bool_] | None = None,
     ) -> Verdict:
         """Compare the two images.
 
@@ -133,14 +148,11 @@ class Oracle:
         last_write
             From the guest's journal: the epoch of the last write to each page, 0 for never. None: no journal; then a
             page counts as written if its digest changed since the id was issued.
-        ram
-            Which pages exist, None for all.
         """
         if len(source) != self.page_count or len(destination) != self.page_count:
             missing = f"{len(source)} and {len(destination)} digests for {self.page_count} pages"
             return Verdict(0, self.page_count, 0, [WrongPage(0, missing)])
-        exists = np.ones(self.page_count, np.bool_) if ram is None else ram
-        differs = np.flatnonzero((source != destination) & exists)
+        differs = np.flatnonzero(source != destination)
         epoch = self._hint_epoch[differs]
         hinted = epoch > 0
         changed = self._at_hint[differs] != source[differs]
@@ -155,6 +167,6 @@ class Oracle:
                 if written[i]
                 else "hinted, then changed (its digest says so)"
             )
-            wrong.append(WrongPage(int(differs[i]), why))
+            wrong.append(WrongPage(self._number(int(differs[i])), why))
         n_bad = int(bad.sum())
-        return Verdict(int(exists.sum()), n_bad, len(differs) - n_bad, wrong)
+        return Verdict(self.page_count, n_bad, len(differs) - n_bad, wrong)

@@ -18,9 +18,9 @@ from balloon_dev.features import BalloonFeature, QueueRole
 from balloon_dev.hinting import Action, HintEvent, HintRun
 from balloon_dev.rules import BadRequest, Late, Rule
 from balloon_dev.stats import ENTRY, MAX_ENTRIES, GuestStats
-from vring import bitmap
 from vring.dirty.software import SoftwareDirtyLog
 from vring.memory import PAGE_SHIFT, PAGE_SIZE, GuestMemory
+from vring.pages import PageSet
 
 __all__ = ["Discard", "HintSink", "Requests", "RingTap"]
 
@@ -53,7 +53,7 @@ class LearnsDeflate(Protocol):
         """Learn that the guest takes these pages back; called before the request is returned."""
 
     def reset(self) -> None:
-        """Learn that the balloon is empty: the device was reset."""
+        """Learn that the balloon is empty, or that it is in doubt what is in it."""
 
 
 class Requests:
@@ -68,7 +68,8 @@ class Requests:
     tap: RingTap | None
     dirty_log: SoftwareDirtyLog | None
     _memory: GuestMemory | None
-    _ballooned: bitmap.Bitmap
+    _ballooned: PageSet
+    ballooned_pages: int
 
     def __init__(self) -> None:
         self.stats = GuestStats()
@@ -176,13 +177,14 @@ class Requests:
         firsts = pfns[np.concatenate(([0], breaks))]
         counts = np.diff(np.concatenate(([0], breaks, [len(pfns)]))).astype(np.uint64)
         inflate = role is QueueRole.INFLATE
+        addr, length = firsts << np.uint64(PAGE_SHIFT), counts << np.uint64(PAGE_SHIFT)
         if inflate:
-            self._discard(firsts << np.uint64(PAGE_SHIFT), counts << np.uint64(PAGE_SHIFT))
-        elif isinstance(self.discard, LearnsDeflate):
-            self.discard.deflate(firsts << np.uint64(PAGE_SHIFT), counts << np.uint64(PAGE_SHIFT))
-        change = bitmap.set_run if inflate else bitmap.clear_run
-        for first, count in zip(firsts.tolist(), counts.tolist(), strict=True):
-            change(self._ballooned, first, count)
+            self._discard(addr, length)
+            self.ballooned_pages += self._ballooned.set_ranges(addr, length)
+        else:
+            if isinstance(self.discard, LearnsDeflate):
+                self.discard.deflate(addr, length)
+            self.ballooned_pages -= self._ballooned.clear_ranges(addr, length)
         self.counters["pages inflated" if inflate else "pages deflated"] += len(pfns)
 
     def _discard(self, addr: U64, length: U64) -> None:

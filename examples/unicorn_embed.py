@@ -14,11 +14,11 @@ import numpy as np
 
 from balloon_dev.device import BalloonDevice
 from balloon_dev.hinting import HintState
-from vring import bitmap
 from vring.dirty.software import SoftwareDirtyLog
 from vring.features import Status
 from vring.memory import PAGE_SIZE, GuestMemory
 from vring.mmio import MmioDevice
+from vring.pages import PageSet
 
 try:
     from unicorn import UC_ARCH_ARM64, UC_ARCH_X86, UC_HOOK_MEM_WRITE, UC_MODE_64, UC_MODE_ARM, UC_PROT_ALL, Uc
@@ -106,12 +106,9 @@ def main() -> None:
         used = int(machine.memory.array(RESULT, 1, np.uint32)[0])
         assert used == 4, f"the guest says {used:#x}"
         assert not machine.mmio.bad_accesses, machine.mmio.bad_accesses
-        dirty = bitmap.empty(machine.log.pages)
+        dirty = PageSet(machine.memory.page_layout)
         machine.log.sync(dirty)
-        first, count = bitmap.runs(dirty)
-        pages = [
-            f"RAM+{int(p) * PAGE_SIZE - RAM:#x}" for p, n in zip(first, count, strict=True) for p in range(p, p + n)
-        ]
+        pages = [f"RAM+{page * PAGE_SIZE - RAM:#x}" for page in dirty.numbers().tolist()]
         print(f"  {used} buffers used, {machine.interrupts} interrupts, pages written: {', '.join(pages)}")
 
 

@@ -245,15 +245,16 @@ class PythonGuest:
         UsageError
             If the guest was not started with the log wanted.
         """
-        pages = self.memory.page_span
         has = self.hello.get("dirty_log")
         if wanted not in ("auto", has):
             raise UsageError(f"dirty log {wanted!r} was asked for, the guest offers {has!r}")
         if has == "wp-async":
             ranges = [TrackedRange(*r) for r in self.hello["ranges"]]
-            return CombinedLog("wp-async", [WpAsyncDirtyLog(int(self.hello["pid"]), ranges, pages), device_log])
+            tracked = WpAsyncDirtyLog(int(self.hello["pid"]), ranges, self.memory.page_layout)
+            return CombinedLog("wp-async", [tracked, device_log])
         kernel = [(0, int(self.hello["kernel_bytes"]))]
-        return CombinedLog("software", [SoftwareDirtyLog(pages, self._log_fd), device_log], always=kernel)
+        marked = SoftwareDirtyLog(self.memory.page_span, self._log_fd)
+        return CombinedLog("software", [marked, device_log], always=kernel)
 
     # -- end ------------------------------------------------------------------------------------------------------
 

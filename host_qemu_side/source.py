@@ -101,7 +101,7 @@ class SourceHost:
     def track_device_writes(self) -> SoftwareDirtyLog:
         """Return the log of what the device itself writes to guest memory."""
         assert self.memory is not None
-        if self.device_log is None or self.device_log.pages != self.memory.page_span:
+        if self.device_log is None or self.device_log.layout != self.memory.page_layout:
             self.device_log = SoftwareDirtyLog.for_memory(self.memory)
             self.device.dirty_log = self.device_log
         return self.device_log

@@ -15,7 +15,7 @@ from balloon_dev.device import BalloonDevice
 from balloon_dev.journal import Journal
 from balloon_dev.oracle import Oracle, Verdict
 from vring.contents import digests_of
-from vring.memory import PAGE_SHIFT, GuestMemory
+from vring.memory import GuestMemory
 
 __all__ = ["MigrationClock", "Witness"]
 
@@ -56,8 +56,9 @@ class Witness:
         self, memory: GuestMemory, device: BalloonDevice | None, journal: Journal | None, clock: MigrationClock
     ) -> None:
         self.memory, self.journal, self.clock = memory, journal, clock
-        pages = memory.page_span
-        self.oracle = Oracle(pages, (_shared(pages, np.uint64), _shared(pages, np.uint64), _shared(pages, np.uint32)))  # type: ignore[arg-type]
+        pages = memory.page_layout.count
+        scratch = _shared(pages, np.uint64), _shared(pages, np.uint64), _shared(pages, np.uint32)
+        self.oracle = Oracle(memory.page_layout.runs, scratch)  # type: ignore[arg-type]
         self.at_pause: npt.NDArray[np.uint64] = _shared(pages, np.uint64)  # type: ignore[assignment]
         self.nonzero_at_start = 0
         self.first_digest_rounds = 0
@@ -98,7 +99,7 @@ class Witness:
     def arrived(self, digests: npt.NDArray[np.uint64]) -> None:
         """Take the next digests of the destination's pages, see `host_qemu_side.migration.TakesDigests`."""
         if self._destination is None:
-            self._destination = _shared(self.memory.size >> PAGE_SHIFT, np.uint64)  # type: ignore[assignment]
+            self._destination = _shared(self.memory.page_layout.count, np.uint64)  # type: ignore[assignment]
         assert self._destination is not None
         self._destination[self._arrived : self._arrived + len(digests)] = digests
         self._arrived += len(digests)
@@ -125,12 +126,5 @@ class Witness:
 
     def verdict(self, destination: npt.NDArray[np.uint64]) -> Verdict:
         """Judge what arrived: the digest of each page of RAM, in order."""
-        ram = np.zeros(self.memory.page_span, np.bool_)
-        for region in self.memory.regions:
-            ram[region.gpa >> PAGE_SHIFT : region.end >> PAGE_SHIFT] = True
-        if len(destination) == self.memory.size >> PAGE_SHIFT:  # else the oracle says what is missing
-            by_page: npt.NDArray[np.uint64] = np.zeros(self.memory.page_span, np.uint64)
-            by_page[ram] = destination
-            destination = by_page
-        last = None if self.journal is None else self.journal.last_epochs()
-        return self.oracle.verdict(self.at_pause, destination, last_write=last, ram=ram)
+        last = None if self.journal is None else self.memory.page_layout.pick(self.journal.last_epochs())
+        return self.oracle.verdict(self.at_pause, destination, last_write=last)

@@ -23,9 +23,9 @@ from host_qemu_side.discard import Discarder
 from host_qemu_side.migration import HintRunStats, Migration, Phase
 from host_qemu_side.migration.ram import RamState
 from host_qemu_side.migration.stream import Kind
-from vring import bitmap
 from vring.contents import digests_of
 from vring.dirty.software import SoftwareDirtyLog
+from vring.pages import PageSet
 from vring.split import DriverQueue
 
 FAULTS: dict[str, Callable[[], AbstractContextManager[None]]] = {}
@@ -71,7 +71,7 @@ def hint_clears_the_log() -> Iterator[None]:
     def wipe(self: Any, command_id: int, addr: Any, length: Any) -> None:
         hint(self, command_id, addr, length)
         for log in self.log._logs:
-            bitmap.clear_ranges(log._log, addr, length)
+            PageSet(log.layout, log.bits).clear_ranges(addr, length)
 
     with patch.object(Migration, "_hint", wipe):
         yield
@@ -174,11 +174,10 @@ def same_content_is_no_write() -> Iterator[None]:
 
         def sync(self, into: Any) -> int:
             now = digests_of(self.memory)
-            changed = np.flatnonzero(now != self.last)
-            for page in changed.tolist():
-                bitmap.set_run(into, page, 1)
+            changed = now != self.last
+            into.set_bools(changed)
             self.last = now
-            return len(changed)
+            return int(changed.sum())
 
         def stop(self) -> None:
             pass

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import numpy as np
-
 from balloon_dev.device import BalloonDevice
 from balloon_dev.features import ALL_BALLOON_FEATURES, RING_FEATURES, QueueRole
 from balloon_dev.profiles import SPEC
@@ -11,6 +9,7 @@ from guest_driver.balloon import DEFAULT_FEATURES, BalloonDriver
 from guest_driver.memory_manager import MemoryManager, Owner
 from guest_driver.transport import Interrupts
 from host_qemu_side.discard import Discarder
+from vring import bitmap
 from vring.errors import DeviceError
 from vring.features import CommonFeature
 from vring.memory import GuestMemory
@@ -198,7 +197,7 @@ class Pair:
     def agree(self):
         """Guest and device mean the same pages by the balloon, and the allocator is sound."""
         self.manager.verify()
-        assert np.array_equal(self.manager.bitmap(Owner.BALLOON), self.device._ballooned)
+        assert bitmap.pages_of(self.manager.bitmap(Owner.BALLOON)).tolist() == self.device._ballooned.numbers().tolist()
 
     def unchanged(self):
         """The allocator holds exactly what it held before the driver was there."""

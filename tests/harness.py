@@ -322,7 +322,7 @@ class World:
         self.tap.taps = [self.model, self.witness.oracle]
         self.device.tap = self.tap
         if self.protection is not None:
-            guest_log: DirtyLog = WpAsyncDirtyLog(os.getpid(), self.protection.ranges, self.memory.page_span)
+            guest_log: DirtyLog = WpAsyncDirtyLog(os.getpid(), self.protection.ranges, self.memory.page_layout)
             always = []
         else:
             guest_log, always = wrap_log(self.guest_log), [(0, self.manager.kernel.size)]
@@ -402,7 +402,7 @@ class World:
         for _ in range(5000):
             assert self.migration is not None, "the migration ended before that"
             assert self.migration.ram is not None
-            if not bitmap.count(self.migration.ram.to_send):
+            if not self.migration.ram.to_send:
                 return
             self.advance(1e7)
         raise Violation("the round never ends")
@@ -465,7 +465,7 @@ class World:
         if not np.array_equal(now.owners.get(Owner.WORKLOAD, bitmap.empty(span)), expected[Owner.WORKLOAD]):
             raise Violation("the guest's programs hold other pages than they allocated")
         ballooned = now.owners.get(Owner.BALLOON, bitmap.empty(span))
-        if self.transport.quiet and bitmap.count(ballooned ^ self.device._ballooned):
+        if self.transport.quiet and set(bitmap.pages_of(ballooned)) != set(self.device._ballooned.numbers()):
             raise Violation("guest and device disagree on what is in the balloon")
         pages = sum(bitmap.count(words) for words in now.owners.values()) + bitmap.count(now.free)
         if pages != self.manager.total_pages:

@@ -12,7 +12,6 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
-import numpy.typing as npt
 import pytest
 
 from vring._vring import lib
@@ -21,6 +20,7 @@ from vring.dirty import DirtyLogVoid
 from vring.dirty.cachestat import CachestatLog
 from vring.errors import MissingFacility, UsageError
 from vring.memory import PAGE_SIZE, GuestMemory, Region
+from vring.pages import PageLayout, PageSet
 
 PAGES = 2048
 GPA = 0xAA8000  # as for the Linux guest: the first addresses are no RAM
@@ -100,16 +100,15 @@ def synced(log: CachestatLog, memory: GuestMemory) -> set[int]:
     return pages
 
 
-def bitmap(memory: GuestMemory, *pages: int) -> npt.NDArray[np.uint64]:
-    bits = np.zeros((memory.page_span + 63) // 64 * 64, dtype=np.uint8)
-    bits[[FIRST + page for page in pages]] = 1
-    return np.packbits(bits, bitorder="little").view(np.uint64)
+def bitmap(memory: GuestMemory, *pages: int) -> PageSet:
+    made = PageSet(memory.page_layout)
+    for page in pages:
+        made.set_run(FIRST + page)
+    return made
 
 
-def pages_of(into: npt.NDArray[np.uint64]) -> set[int]:
-    found = np.flatnonzero(np.unpackbits(into.view(np.uint8), bitorder="little"))
-    assert (found >= FIRST).all()
-    return {int(page) - FIRST for page in found}
+def pages_of(into: PageSet) -> set[int]:
+    return {page - FIRST for page in into.numbers().tolist()}
 
 
 def send(log: CachestatLog, memory: GuestMemory, pages: list[int]) -> dict[int, bytes]:
@@ -286,9 +285,9 @@ def test_two_regions_of_one_file(tmp_path: Path) -> None:
             )
             theirs[3 * PAGE_SIZE] ^= 1
             theirs[40 * PAGE_SIZE] ^= 1
-            into = np.zeros(5, dtype=np.uint64)
+            into = PageSet(memory.page_layout)
             assert log.sync(into) == 2
-            assert np.flatnonzero(np.unpackbits(into.view(np.uint8), bitorder="little")).tolist() == [8, 256 + 3]
+            assert into.numbers().tolist() == [8, 256 + 3]
 
 
 # -- refusals ---------------------------------------------------------------------------------------------------------
@@ -300,7 +299,7 @@ def test_prepare_leaves_start_little_to_write(ram: tuple[GuestMemory, Writer]) -
     write(*range(1, PAGES))
     log.prepare()
     into = bitmap(memory)
-    assert lib.dirty_cachestat_scan(memory.regions[0].fd, 0, PAGES * PAGE_SIZE, FIRST, words(into)) < PAGES // 10
+    assert lib.dirty_cachestat_scan(memory.regions[0].fd, 0, PAGES * PAGE_SIZE, 0, words(into.words)) < PAGES // 10
     with pytest.raises(UsageError, match="not started"):
         log.sync(into)
 
@@ -349,7 +348,7 @@ def test_a_disk_that_fills_up_only_costs_precision(
 
 def misuse(log: CachestatLog, memory: GuestMemory) -> list[Callable[[], object]]:
     return [
-        lambda: log.sync(np.zeros(1, dtype=np.uint64)),
+        lambda: log.sync(PageSet(PageLayout(1))),
         lambda: log.note_sent(np.array([memory.page_span], dtype=np.uint64)),
         lambda: log.note_sent(np.array([FIRST], dtype=np.uint64), b"short"),
         lambda: CachestatLog(memory).sync(bitmap(memory)),

@@ -19,7 +19,6 @@ from cli_support import MIGRATE
 from balloon_cli.live import CELLS, FREE, HINTED, SENT, SOME, TO_SEND, RamMap
 from guest_driver.waiting import wait_readable
 from host_qemu_side.migration.ram import RamState
-from vring import bitmap
 from vring.memory import PAGE_SIZE, GuestMemory
 
 
@@ -72,8 +71,8 @@ def test_map_of_ram_shows_what_is_in_the_bitmaps() -> None:
         assert shown.chunk_bytes == 256 << 10
         assert shown.cells().tolist() == [TO_SEND] * 4 + [FREE] * 4
         ram.hint(np.array([256 << 10], np.uint64), np.array([256 << 10], np.uint64))
-        bitmap.clear_run(ram.to_send, 128, 64)
-        bitmap.clear_run(ram.to_send, 192, 60)
+        ram.to_send.clear_run(128, 64)
+        ram.to_send.clear_run(192, 60)
         assert shown.cells().tolist() == [TO_SEND, HINTED, SENT, SOME] + [FREE] * 4
         assert shown.pages == [256, 64, 124, 68]
         assert RamMap(ram, 1).chunk_bytes >= 2 << 20

@@ -17,11 +17,11 @@ from balloon_dev.features import BalloonFeature, QueueRole
 from balloon_dev.hinting import HintState
 from balloon_dev.profiles import LINUX, QEMU, SPEC
 from balloon_dev.requests import MAX_REQUEST_BYTES
-from vring import bitmap
 from vring.dirty.software import SoftwareDirtyLog
 from vring.errors import DriverError, UsageError
 from vring.features import CommonFeature
 from vring.memory import GuestMemory
+from vring.pages import PageSet
 from vring.split import SEG_WRITE, DeviceQueue, DriverQueue, QueueLayout
 
 HINT = int(BalloonFeature.FREE_PAGE_HINT)
@@ -77,12 +77,12 @@ class Bench:
         return self.send(role, (at, len(data), 0))
 
     def in_balloon(self):
-        return bitmap.pages_of(self.device._ballooned).tolist()
+        return self.device._ballooned.numbers().tolist()
 
     def dirty(self):
-        found = bitmap.empty(self.memory.page_span)
+        found = PageSet(self.memory.page_layout)
         self.device.dirty_log.sync(found)
-        return set(bitmap.pages_of(found).tolist())
+        return set(found.numbers().tolist())
 
 
 @pytest.fixture
@@ -268,6 +268,16 @@ def test_inflate_discard_deflate(bench):
     assert bench.pfns(QueueRole.DEFLATE, 21, 40) == 0
     assert bench.in_balloon() == [20, 22]
     assert len(bench.discarded) == 2
+
+
+def test_pages_given_twice_count_once(bench):
+    bench.pfns(QueueRole.INFLATE, 20, 21)
+    bench.pfns(QueueRole.INFLATE, 21, 22)
+    assert bench.device.ballooned_pages == 3
+    bench.pfns(QueueRole.DEFLATE, 22, 40)
+    assert bench.device.ballooned_pages == 2
+    bench.pfns(QueueRole.DEFLATE, 22)
+    assert (bench.device.ballooned_pages, bench.in_balloon()) == (2, [20, 21])
 
 
 def test_pfns_outside_ram(bench):

@@ -10,12 +10,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from vring import bitmap
 from vring.dirty.combined import CombinedLog
 from vring.dirty.software import SoftwareDirtyLog
 from vring.dirty.wp_async import WpAsyncDirtyLog, WriteProtection
 from vring.errors import MissingFacility
 from vring.memory import GuestMemory
+from vring.pages import PageSet
 
 PAGE = 4096
 PAGES = 1024
@@ -32,15 +32,15 @@ class Embedder:
         except MissingFacility as missing:
             pytest.skip(str(missing))
         self.completed = SoftwareDirtyLog.for_memory(self.memory)
-        tracker = WpAsyncDirtyLog(os.getpid(), self.protection.ranges, PAGES)
+        tracker = WpAsyncDirtyLog(os.getpid(), self.protection.ranges, self.memory.page_layout)
         self.log = CombinedLog("wp-async", [tracker, self.completed])
         self.memory.write(0, b"\1" * self.memory.size)
         self.log.start()
 
     def sync(self) -> list[int]:
-        found = bitmap.empty(PAGES)
+        found = PageSet(self.memory.page_layout)
         self.log.sync(found)
-        return [int(page) for page in bitmap.pages_of(found)]
+        return found.numbers().tolist()
 
 
 @pytest.fixture

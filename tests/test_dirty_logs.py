@@ -14,15 +14,20 @@ import pytest
 from host_qemu_side.discard import punch_hole
 from host_qemu_side.migration.ram import populated
 from host_qemu_side.python_guest import CombinedLog
-from vring import bitmap
-from vring.dirty import wp_async
+from vring.dirty import check_covers, wp_async
 from vring.dirty.software import SoftwareDirtyLog
 from vring.dirty.wp_async import TrackedRange, WpAsyncDirtyLog, WriteProtection
 from vring.errors import MissingFacility, UsageError
 from vring.memory import GuestMemory
+from vring.pages import PageLayout, PageSet
 
 PAGE = 4096
 PAGES = 256
+
+
+def page_set(pages=PAGES):
+    return PageSet(PageLayout(pages))
+
 
 WRITER = """
 import os, sys, mmap, random
@@ -69,7 +74,7 @@ class Tracked:
         self.memory, self.kind = GuestMemory.create(PAGES * PAGE), kind
         self.protection = WriteProtection(self.memory) if kind == "wp-async" else None
         if self.protection:
-            self.log = WpAsyncDirtyLog(os.getpid(), self.protection.ranges, PAGES)
+            self.log = WpAsyncDirtyLog(os.getpid(), self.protection.ranges, self.memory.page_layout)
         else:
             self.log = SoftwareDirtyLog.for_memory(self.memory)
 
@@ -79,9 +84,9 @@ class Tracked:
             self.log.mark(page)
 
     def sync(self):
-        found = bitmap.empty(PAGES)
+        found = page_set()
         n = self.log.sync(found)
-        pages = bitmap.pages_of(found).tolist()
+        pages = found.numbers().tolist()
         assert n == len(pages)
         return pages
 
@@ -119,11 +124,11 @@ def test_same_content_is_a_write(tracked):
 
 def test_sync_adds_to_the_bitmap(tracked):
     tracked.log.start()
-    into = bitmap.empty(PAGES)
-    bitmap.set_run(into, 3, 1)
+    into = page_set()
+    into.set_run(3)
     tracked.write(5)
     assert tracked.log.sync(into) == 1
-    assert bitmap.pages_of(into).tolist() == [3, 5]
+    assert into.numbers().tolist() == [3, 5]
 
 
 def test_stop_may_be_called_twice(tracked):
@@ -137,7 +142,7 @@ def test_scanning_allocates_nothing(tracked):
     tracked.write(9)
     tracked.log.start()
     assert tracked.sync() == []
-    assert bitmap.pages_of(populated(tracked.memory)).tolist() == [9]
+    assert populated(tracked.memory).numbers().tolist() == [9]
 
 
 def test_written_then_discarded(tracked):
@@ -198,7 +203,7 @@ def test_a_concurrent_writer_loses_no_page(kind):
                 log = SoftwareDirtyLog(PAGES, log_fd)
             else:
                 address = int(writer.stdout.readline())
-                log = WpAsyncDirtyLog(writer.pid, [TrackedRange(0, PAGES * PAGE, address)], PAGES)
+                log = WpAsyncDirtyLog(writer.pid, [TrackedRange(0, PAGES * PAGE, address)], PageLayout(PAGES))
             log.start()
             os.set_blocking(writer.stdout.fileno(), False)
             copy = np.zeros(PAGES, np.uint8)
@@ -207,9 +212,9 @@ def test_a_concurrent_writer_loses_no_page(kind):
             syncs, done = 0, False
             while not done:
                 done = bool(writer.stdout.readline())  # before the sync, so that the last one sees everything
-                found = bitmap.empty(PAGES)
+                found = page_set()
                 log.sync(found)
-                for page in bitmap.pages_of(found).tolist():
+                for page in found.numbers().tolist():
                     copy[page] = memory.read(page * PAGE, 1)[0]
                 syncs += 1
             log.stop()
@@ -231,7 +236,7 @@ def test_software_start_forgets_and_harms_nothing():
     for _ in range(50):
         log.mark(5, 1000)
         log.start()
-        assert log.sync(bitmap.empty(1 << 20)) == 0
+        assert log.sync(page_set(1 << 20)) == 0
 
 
 @pytest.mark.parametrize(("first", "pages"), [(-1, 1), (PAGES, 1), (0, PAGES + 1)])
@@ -246,9 +251,9 @@ def test_software_marks_bytes():
     log.mark_range(PAGE - 1, 2)
     log.mark_range(5 * PAGE, 0)
     log.mark_ranges(np.array([8 * PAGE + 5, 1 << 50], np.uint64), np.array([1, 1], np.uint64))
-    found = bitmap.empty(PAGES)
+    found = page_set()
     assert log.sync(found) == 3
-    assert bitmap.pages_of(found).tolist() == [0, 1, 8]
+    assert found.numbers().tolist() == [0, 1, 8]
 
 
 def test_software_needs_room():
@@ -256,8 +261,75 @@ def test_software_needs_room():
     with pytest.raises(UsageError, match="needs"):
         SoftwareDirtyLog(1 << 20, fd)
     os.close(fd)
-    with pytest.raises(UsageError):
-        SoftwareDirtyLog(PAGES).sync(bitmap.empty(64))
+
+
+def ram_at(*gpas):
+    return GuestMemory.create([(gpa, 64 * PAGE) for gpa in gpas])
+
+
+def test_software_costs_what_is_there():
+    """However high it lies, and with its pages named by their numbers."""
+    high = (1 << 52) - 64 * PAGE
+    with ram_at(0x80000000, high) as memory:
+        log = SoftwareDirtyLog.for_memory(memory)
+        assert log.bits.nbytes == 128 // 8
+        log.mark(0x80000)
+        log.mark_range(high + 64 * PAGE - 1, 1)
+        log.mark_ranges(np.array([0x80000000 - 1, high - 1], np.uint64), np.array([2, 2], np.uint64))
+        found = PageSet(memory.page_layout)
+        assert log.sync(found) == 3
+        assert found.numbers().tolist() == [0x80000, high >> 12, (high >> 12) + 63]
+
+
+@pytest.mark.parametrize("page", [0, 63, 0x80000 - 1, 0x80000 + 64])
+def test_software_marks_that_are_no_ram(page):
+    """Counted from the start of RAM, say: a mistake that must not cost pages."""
+    with ram_at(0x80000000) as memory:
+        log = SoftwareDirtyLog.for_memory(memory)
+        with pytest.raises(UsageError, match="not all among those that exist"):
+            log.mark(page)
+        with pytest.raises(UsageError, match="not all among those that exist"):
+            log.mark_range(page * PAGE, 1)
+        assert log.sync(PageSet(memory.page_layout)) == 0
+
+
+def test_software_by_number():
+    """A log made for so many page numbers, holes counted: marks in holes are told, not lost."""
+    with ram_at(0, 0x100000) as memory:
+        log, found = SoftwareDirtyLog(memory.page_span), PageSet(memory.page_layout)
+        log.check_memory(memory)
+        log.mark(3)
+        log.mark(0x101)
+        assert log.sync(found) == 2
+        assert found.numbers().tolist() == [3, 0x101]
+        log.mark(64)
+        log.mark(5)
+        with pytest.raises(UsageError, match="1 pages were marked as written that are no RAM, the first 0x40"):
+            log.sync(found)
+        assert found.numbers().tolist() == [3, 5, 0x101]
+
+
+@pytest.mark.parametrize("pages", [0, 10, 0x80000, 0x80000 + 63])
+def test_software_that_does_not_cover_ram(pages):
+    """Refused before anything is migrated, alone or as a part."""
+    with ram_at(0x80000000) as memory:
+        log, whole = SoftwareDirtyLog(pages), SoftwareDirtyLog.for_memory(memory)
+        for each in (log, CombinedLog("both", [whole, log])):
+            with pytest.raises(UsageError, match="does not cover all of memory"):
+                check_covers(each, memory)
+        with pytest.raises(UsageError, match="cannot be fetched"):
+            log.sync(PageSet(memory.page_layout))
+        check_covers(whole, memory)
+
+
+def test_software_bits_behind_the_last_page():
+    """A writer in another process may scribble anywhere in the shared memory."""
+    log = SoftwareDirtyLog(70)
+    log.bits[:] = ~np.uint64(0)
+    found = page_set(70)
+    assert log.sync(found) == 70
+    assert found.numbers().tolist() == list(range(70))
+    assert len(found) == 70
 
 
 def test_shared_between_mappings():
@@ -266,9 +338,9 @@ def test_shared_between_mappings():
     writer, reader = SoftwareDirtyLog(PAGES, fd), SoftwareDirtyLog(PAGES, fd)
     os.close(fd)
     writer.mark(77)
-    found = bitmap.empty(PAGES)
+    found = page_set()
     assert reader.sync(found) == 1
-    assert bitmap.pages_of(found).tolist() == [77]
+    assert found.numbers().tolist() == [77]
     assert writer.sync(found) == 0
 
 
@@ -279,32 +351,28 @@ def test_combined():
     log.start()
     a.mark(10)
     b.mark(20)
-    found = bitmap.empty(PAGES)
+    found = page_set()
     log.sync(found)
-    assert bitmap.pages_of(found).tolist() == [0, 1, 10, 20]
+    assert found.numbers().tolist() == [0, 1, 10, 20]
     log.stop()
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_bitmap_that_is_too_short(kind):
+def test_wp_async_into_a_page_set_that_lacks_pages():
     """It is refused before anything is scanned: no word behind it is written, no page forgotten."""
     with GuestMemory.create(PAGES * PAGE) as memory:
-        if kind == "wp-async":
-            protection = WriteProtection(memory)
-            log = WpAsyncDirtyLog(os.getpid(), protection.ranges, memory.page_span)
-        else:
-            log = SoftwareDirtyLog.for_memory(memory)
+        protection = WriteProtection(memory)
+        log = WpAsyncDirtyLog(os.getpid(), protection.ranges, memory.page_layout)
         log.start()
         memory.write(0, b"x" * memory.size)
-        if kind == "software":
-            log.mark(0, PAGES)
-        behind = bitmap.empty(4 * PAGES)
-        for words in (0, 1, PAGES // 64 - 1):
-            with pytest.raises(UsageError, match="bitmap of"):
-                log.sync(behind[:words])
-        assert not behind.any()
-        assert log.sync(behind[: PAGES // 64]) == PAGES
+        for layout in (0, 1, PAGES - 1, [(1, PAGES)], [(0, PAGES // 2), (PAGES // 2 + 1, PAGES)]):
+            short = PageSet(PageLayout(layout))
+            with pytest.raises(UsageError):
+                log.sync(short)
+            assert not len(short)
+        whole = PageSet(memory.page_layout)
+        assert log.sync(whole) == PAGES == len(whole)
         log.stop()
+        protection.close()
 
 
 @pytest.mark.parametrize(
@@ -315,14 +383,22 @@ def test_a_bitmap_that_is_too_short(kind):
 def test_wp_async_of_ranges_that_are_no_pages_of_this_memory(gpa, size, address):
     """What a guest says of its mappings is checked: a byte too many is a page too many in the bitmap."""
     with pytest.raises(MissingFacility, match="tracks"):
-        WpAsyncDirtyLog(os.getpid(), [TrackedRange(gpa, size, address)], 64)
+        WpAsyncDirtyLog(os.getpid(), [TrackedRange(gpa, size, address)], PageLayout(64))
 
 
 def test_wp_async_of_a_process_that_is_gone():
     with pytest.raises(MissingFacility, match="pagemap"):
-        WpAsyncDirtyLog(1 << 22, [TrackedRange(0, PAGE, mmap.PAGESIZE)], 1)
+        WpAsyncDirtyLog(1 << 22, [TrackedRange(0, PAGE, mmap.PAGESIZE)], PageLayout(1))
     with pytest.raises(MissingFacility, match="outside guest memory"):
-        WpAsyncDirtyLog(os.getpid(), [TrackedRange(0, 2 * PAGE, mmap.PAGESIZE)], 1)
+        WpAsyncDirtyLog(os.getpid(), [TrackedRange(0, 2 * PAGE, mmap.PAGESIZE)], PageLayout(1))
+
+
+def test_wp_async_of_a_part():
+    with GuestMemory.create(2 * PAGE) as memory:
+        log = WpAsyncDirtyLog(os.getpid(), [TrackedRange(0, PAGE, mmap.PAGESIZE)], memory.page_layout)
+        with pytest.raises(UsageError, match="does not track all of memory"):
+            check_covers(log, memory)
+        log.stop()
 
 
 def test_two_regions():
@@ -332,12 +408,12 @@ def test_two_regions():
             pytest.skip("this kernel has no userfaultfd WP_ASYNC")
         memory.write(0, b"x")
         protection = WriteProtection(memory)
-        log = WpAsyncDirtyLog(os.getpid(), protection.ranges, memory.page_span)
+        log = WpAsyncDirtyLog(os.getpid(), protection.ranges, memory.page_layout)
         log.start()
         memory.write(3 * PAGE, b"x")
         memory.write(66 * PAGE, b"x")
-        found = bitmap.empty(memory.page_span)
+        found = PageSet(memory.page_layout)
         log.sync(found)
-        assert bitmap.pages_of(found).tolist() == [3, 66]
+        assert found.numbers().tolist() == [3, 66]
         log.stop()
         protection.close()

@@ -10,6 +10,7 @@ from balloon_dev.rules import BadRequest, Rule
 from guest_driver.balloon.state import REPORT_DELAY, REPORT_RANGES
 from guest_driver.memory_manager import HINT_ORDER, Alloc, Owner
 from vring.dirty.software import SoftwareDirtyLog
+from vring.pages import PageSet
 from vring.split import SEG, SEG_WRITE
 
 REPORT, POISON = int(BalloonFeature.REPORTING), int(BalloonFeature.PAGE_POISON)
@@ -248,9 +249,9 @@ def test_discards_are_logged_as_written():
         pair.device.dirty_log = log = SoftwareDirtyLog.for_memory(pair.host)
         log.start()
         pair.settle(now=2.0)
-        found = np.zeros((pair.host.page_span + 63) // 64, np.uint64)
+        found = PageSet(pair.host.page_layout)
         log.sync(found)
-        written = set(np.flatnonzero(np.unpackbits(found.view(np.uint8), bitorder="little")).tolist())
+        written = set(found.numbers().tolist())
         assert pages_of(pair.discarded) <= written
 
 

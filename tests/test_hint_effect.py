@@ -9,7 +9,6 @@ from wire import Destination
 
 from host_qemu_side.migration.ram import RamState
 from host_qemu_side.migration.stream import Kind
-from vring import bitmap
 from vring.memory import GuestMemory
 
 PAGE = 4096
@@ -110,7 +109,7 @@ def test_hints_at_the_edges_of_regions(name):
     exists = {page for gpa, size in regions for page in range(gpa // PAGE, (gpa + size) // PAGE)}
     covered = {page for page in exists if addr <= page * PAGE and (page + 1) * PAGE <= addr + length}
     ram = RamState(memory)
-    assert set(bitmap.pages_of(ram.to_send).tolist()) == exists
+    assert set(ram.to_send.numbers().tolist()) == exists
     spared = ram.hint(np.array([addr], np.uint64), np.array([length], np.uint64))
     assert spared == len(covered)
     sent: set[int] = set()

@@ -29,6 +29,7 @@ from vring.dirty import DirtyLogVoid
 from vring.dirty.cachestat import CachestatLog
 from vring.errors import MissingFacility, PeerVanished, UsageError, VirtioError
 from vring.memory import GuestMemory, Region
+from vring.pages import PageSet
 
 MIB = 1 << 20
 uml = pytest.mark.uml
@@ -421,10 +422,10 @@ def test_the_cachestat_log_misses_nothing_the_guest_writes(guest: LinuxGuest) ->
                 guest.thaw()
                 time.sleep(0.2)
                 guest.freeze()
-                into = np.zeros((memory.page_span + 63) // 64, dtype=np.uint64)
+                into = PageSet(memory.page_layout)
                 with contextlib.suppress(DirtyLogVoid):
                     log.sync(into)
-                seen = np.unpackbits(into.view(np.uint8), bitorder="little", count=memory.page_span).view(bool)
+                seen = into.to_bools()
                 changed = (before != pages).any(axis=1)
                 assert changed.sum() > 100
                 assert not (changed & ~seen).any()

@@ -22,7 +22,6 @@ from balloon_dev.profiles import LINUX, QEMU, SPEC
 from guest_driver.memory_manager import HINT_ORDER, Alloc
 from guest_driver.transport import Interrupts
 from host_qemu_side.migration.stream import Kind
-from vring import bitmap
 from vring.features import CommonFeature
 
 guest_runs = precondition(lambda self: not self.world.frozen)
@@ -171,7 +170,7 @@ class Machine(RuleBasedStateMachine):
             migration = self.world.migration
             if migration is None or self.world.frozen:
                 return
-            if where == "all sent" and migration.ram is not None and not bitmap.count(migration.ram.to_send):
+            if where == "all sent" and migration.ram is not None and not migration.ram.to_send:
                 return
             if where == "synced" and migration.phase.value == "sync":
                 return

@@ -124,11 +124,18 @@ def test_the_last_hint_of_a_page_is_the_one_that_counts():
     assert oracle.verdict(digests(p3=7), digests(), last_write=writes).pages_wrong == 0
 
 
-def test_holes_between_regions_are_not_compared():
-    ram = np.ones(PAGES, np.bool_)
-    ram[3] = False
-    verdict = Oracle(PAGES).verdict(digests(), digests(p3=0), ram=ram)
-    assert (verdict.pages_checked, verdict.pages_wrong) == (PAGES - 1, 0)
+def test_pages_with_holes_between_them():
+    """Arrays have an item for each page there is; blocks on the ring and wrong pages go by page number."""
+    high = 1 << 40
+    oracle = Oracle([(2, 3), (high, PAGES - 3)])
+    oracle.at_issue[:] = digests()
+    oracle.epoch_begins(1, ID)
+    oracle.command(ID)
+    oracle.pages(*blocks((4 << 12, 2 << 12), ((high - 1) << 12, 2 << 12), (0, 1 << 12)))
+    assert np.flatnonzero(oracle.hinted()).tolist() == [2, 3]
+    verdict = oracle.verdict(digests(), digests(p0=0, p2=0, p3=0, p5=0))
+    assert (verdict.pages_checked, verdict.pages_wrong, verdict.pages_skipped) == (PAGES, 2, 2)
+    assert [wrong.page for wrong in verdict.wrong] == [2, high + 2]
 
 
 def test_missing_digests_are_wrong():

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from vring._vring import lib
+from vring.decode import visible
 from vring.errors import MissingFacility, UsageError
 
 __all__ = [
@@ -73,9 +74,9 @@ def classify(fd: int) -> tuple[Backing, int]:
 
 
 def describe_fd(fd: int) -> str:
-    """Return the name of what a descriptor refers to, for messages; empty if it cannot be had."""
+    """Return the name of what a descriptor refers to, fit to be shown; empty if it cannot be had."""
     try:
-        return os.readlink(f"/proc/self/fd/{fd}")
+        return visible(os.readlink(f"/proc/self/fd/{fd}"))
     except OSError:
         return ""
 

@@ -1,6 +1,7 @@
-"""Page bitmaps as numpy arrays over the C functions of ``csrc/dirty``.
+"""Bitmaps as numpy arrays over the C functions of ``csrc/dirty``, and digests of pages.
 
-A bitmap is an array of uint64, bit ``p % 64`` of word ``p // 64`` stands for page ``p``.
+A bitmap is an array of uint64, bit ``p % 64`` of word ``p // 64`` stands for page ``p``. What a bit means to a guest's
+memory with holes is `vring.pages.PageSet`'s matter.
 """
 
 from __future__ import annotations
@@ -14,14 +15,12 @@ from vring._vring import ffi, lib
 
 __all__ = [
     "Bitmap",
-    "clear_ranges",
     "clear_run",
     "count",
     "digest_pages",
     "empty",
     "pages_of",
     "runs",
-    "set_ranges",
     "set_run",
     "to_bools",
 ]
@@ -45,33 +44,21 @@ def count(bitmap: Bitmap) -> int:
     return int(lib.dirty_count(words(bitmap), 0, bitmap.size * 64))
 
 
-def set_run(bitmap: Bitmap, first: int, pages: int) -> None:
-    """Set pages ``[first, first + pages)``."""
-    if first < 0 or first + pages > bitmap.size * 64:
-        raise IndexError(f"pages {first}..{first + pages} are outside a bitmap of {bitmap.size * 64}")
-    lib.dirty_set(words(bitmap), first, pages)
+def set_run(bitmap: Bitmap, first: int, pages: int) -> int:
+    """Set pages ``[first, first + pages)``; return how many were not set."""
+    _check(bitmap, first, first + pages)
+    return int(lib.dirty_set(words(bitmap), first, pages))
 
 
 def clear_run(bitmap: Bitmap, first: int, pages: int) -> int:
     """Clear pages ``[first, first + pages)``; return how many were set."""
-    if first < 0 or first + pages > bitmap.size * 64:
-        raise IndexError(f"pages {first}..{first + pages} are outside a bitmap of {bitmap.size * 64}")
+    _check(bitmap, first, first + pages)
     return int(lib.dirty_clear(words(bitmap), first, pages))
 
 
-def clear_ranges(bitmap: Bitmap, addr: npt.NDArray[np.uint64], length: npt.NDArray[np.uint64]) -> int:
-    """Clear the pages wholly inside the byte ranges ``addr[i], length[i]``; return how many were set.
-
-    A page that a range covers only in part keeps its bit; what lies outside the bitmap is left alone.
-    """
-    a, n = np.ascontiguousarray(addr, dtype=np.uint64), np.ascontiguousarray(length, dtype=np.uint64)
-    return int(lib.dirty_clear_ranges(words(bitmap), bitmap.size * 64, words(a), words(n), a.size))
-
-
-def set_ranges(bitmap: Bitmap, addr: npt.NDArray[np.uint64], length: npt.NDArray[np.uint64]) -> None:
-    """Set the pages wholly inside the byte ranges ``addr[i], length[i]``; what lies outside the bitmap is ignored."""
-    a, n = np.ascontiguousarray(addr, dtype=np.uint64), np.ascontiguousarray(length, dtype=np.uint64)
-    lib.dirty_set_ranges(words(bitmap), bitmap.size * 64, words(a), words(n), a.size)
+def _check(bitmap: Bitmap, first: int, end: int) -> None:
+    if not 0 <= first <= end <= bitmap.size * 64:
+        raise IndexError(f"pages {first}..{end} are outside a bitmap of {bitmap.size * 64}")
 
 
 def runs(
@@ -79,6 +66,7 @@ def runs(
 ) -> tuple[npt.NDArray[np.uint64], npt.NDArray[np.uint64]]:
     """Return the runs of set pages in ``[first, end)`` as arrays of first pages and of lengths in pages."""
     stop = bitmap.size * 64 if end is None else end
+    _check(bitmap, first, stop)
     resume = ffi.new("uint64_t *")
     starts: list[npt.NDArray[np.uint64]] = []
     lengths: list[npt.NDArray[np.uint64]] = []
@@ -96,6 +84,7 @@ def runs(
 
 def to_bools(bitmap: Bitmap, pages: int) -> npt.NDArray[np.bool_]:
     """Return one bool per page for the first `pages` pages."""
+    _check(bitmap, 0, pages)
     return np.unpackbits(bitmap.view(np.uint8), bitorder="little", count=pages).astype(np.bool_)
 
 
@@ -124,5 +113,7 @@ def digest_pages(
     """
     if out.size < pages or out.dtype != np.uint64 or not out.flags.c_contiguous:
         raise ValueError("out must be a contiguous uint64 array of at least `pages` items")
+    if present is not None:
+        _check(present, first, first + pages)
     held = ffi.NULL if present is None else words(present)
     lib.dirty_digest_pages(ffi.cast("uint8_t *", address), pages, held, first, words(out))

@@ -10,13 +10,13 @@ import numpy.typing as npt
 
 from vring import bitmap
 from vring._vring import lib
-from vring.bitmap import Bitmap
 from vring.memory import PAGE_SHIFT, GuestMemory
+from vring.pages import PageSet
 
 __all__ = ["digests_in_order", "digests_of", "look_again", "populated"]
 
 
-def populated(memory: GuestMemory) -> Bitmap:
+def populated(memory: GuestMemory) -> PageSet:
     """Return the pages that have memory behind them, by walking SEEK_DATA; nothing is read, so nothing is allocated.
 
     Regions without a descriptor (an emulator's own buffers) count as populated throughout.
@@ -26,17 +26,19 @@ def populated(memory: GuestMemory) -> Bitmap:
     OSError
         If an object cannot be asked.
     """
-    present = bitmap.empty(memory.page_span)
+    memory.check_open()
+    present = PageSet(memory.page_layout)
     for region in memory.regions:
-        first = region.gpa >> PAGE_SHIFT
+        first, pages = region.gpa >> PAGE_SHIFT, region.size >> PAGE_SHIFT
         if region.fd < 0:
-            bitmap.set_run(present, first, region.size >> PAGE_SHIFT)
+            present.set_run(first, pages)
         else:
-            _check(lib.dirty_present_scan(region.fd, region.offset, region.size, first, bitmap.words(present)))
+            slot = memory.page_layout.slot(first, pages)
+            _check(lib.dirty_present_scan(region.fd, region.offset, region.size, slot, bitmap.words(present.words)))
     return present
 
 
-def look_again(memory: GuestMemory, present: Bitmap, among: Bitmap | None) -> None:
+def look_again(memory: GuestMemory, present: PageSet, among: PageSet | None) -> None:
     """Correct `present` for some pages: those that were written, or dropped, since it was right for all.
 
     Parameters
@@ -53,16 +55,16 @@ def look_again(memory: GuestMemory, present: Bitmap, among: Bitmap | None) -> No
     OSError
         If an object cannot be asked.
     """
-    if (
-        among is None or bitmap.count(among) > memory.size >> PAGE_SHIFT + 2
-    ):  # one page costs four times as much as in a walk of all
-        present[:] = populated(memory)
+    if among is None or len(among) > memory.size >> PAGE_SHIFT + 2:  # one page costs four times as much as in a walk
+        present.words[:] = populated(memory).words
         return
+    memory.check_open()
+    words = bitmap.words(among.words), bitmap.words(present.words)
     for region in memory.regions:
         if region.fd >= 0:
             first, pages = region.gpa >> PAGE_SHIFT, region.size >> PAGE_SHIFT
-            words = bitmap.words(among), bitmap.words(present)
-            _check(lib.dirty_present_check(region.fd, region.offset, first, pages, *words))
+            slot = memory.page_layout.slot(first, pages)
+            _check(lib.dirty_present_check(region.fd, region.offset, slot, pages, *words))
 
 
 def _check(result: int) -> None:
@@ -71,24 +73,23 @@ def _check(result: int) -> None:
 
 
 def digests_in_order(memory: GuestMemory, most: int = 1 << 17) -> Iterator[npt.NDArray[np.uint64]]:
-    """Yield the digests of all pages of RAM in ascending order, at most `most` at a time; holes between regions have
-    none, holes of a sparse object 0 and are not read.
-    """
+    """Yield the digests of all pages of RAM by slot, at most `most` at a time; holes of sparse objects are not read."""
     present = populated(memory)
     for region in memory.regions:
-        first, pages = region.gpa >> PAGE_SHIFT, region.size >> PAGE_SHIFT
+        pages = region.size >> PAGE_SHIFT
+        slot = memory.page_layout.slot(region.gpa >> PAGE_SHIFT, pages)
         for at in range(0, pages, most):
-            digests = np.zeros(min(most, pages - at), np.uint64)
+            digests = np.empty(min(most, pages - at), np.uint64)
             address = memory.host_address(region.gpa + (at << PAGE_SHIFT), len(digests) << PAGE_SHIFT)
-            bitmap.digest_pages(address, len(digests), digests, present, first + at)
+            bitmap.digest_pages(address, len(digests), digests, present.words, slot + at)
             yield digests
 
 
 def digests_of(memory: GuestMemory, out: npt.NDArray[np.uint64] | None = None) -> npt.NDArray[np.uint64]:
-    """Return one digest per page of `memory` (holes between regions: 0); holes of a sparse object are not read."""
-    digests = np.zeros(memory.page_span, np.uint64) if out is None else out
-    present = populated(memory)
-    for region in memory.regions:
-        first, pages = region.gpa >> PAGE_SHIFT, region.size >> PAGE_SHIFT
-        bitmap.digest_pages(memory.host_address(region.gpa), pages, digests[first : first + pages], present, first)
+    """Return one digest for each page of RAM, by slot; holes of a sparse object are not read."""
+    digests = np.empty(memory.page_layout.count, np.uint64) if out is None else out
+    at = 0
+    for part in digests_in_order(memory):
+        digests[at : at + len(part)] = part
+        at += len(part)
     return digests

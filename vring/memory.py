@@ -9,6 +9,7 @@ import contextlib
 import errno
 import mmap
 import os
+import stat
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -18,12 +19,13 @@ import numpy.typing as npt
 
 from vring._vring import ffi, lib
 from vring.backing import HOST_PAGE_SIZE, Backing, classify, close_with, describe_fd, make_memfd, no_huge_pages
-from vring.errors import GuestAddressError, UsageError
+from vring.errors import GuestAddressError, MissingFacility, UsageError
+from vring.pages import PAGE_SHIFT, PAGE_SIZE, PageLayout
 
-__all__ = ["MAX_REGIONS", "PAGE_SHIFT", "PAGE_SIZE", "Backing", "GuestMemory", "Region"]
+__all__ = ["ADDRESS_LIMIT", "MAX_REGIONS", "PAGE_SHIFT", "PAGE_SIZE", "Backing", "GuestMemory", "Region"]
 
-PAGE_SIZE: int = lib.DIRTY_PAGE_SIZE
-PAGE_SHIFT = PAGE_SIZE.bit_length() - 1
+ADDRESS_LIMIT = 1 << 52
+"""Guest addresses are below this: no architecture has physical addresses of more bits."""
 MAX_REGIONS: int = lib.VQ_MAX_REGIONS
 
 
@@ -51,6 +53,11 @@ class Region:
         """First guest address after the region."""
         return self.gpa + self.size
 
+    @property
+    def host_page_base(self) -> int:
+        """Guest address at which the first host page begins that has a part of the region: perhaps before it."""
+        return self.gpa - self.offset % (self.page_size or PAGE_SIZE)
+
     def describe(self) -> str:
         """Return the region and its kind in words, for messages."""
         kind = (self.backing or Backing.BUFFER).value
@@ -66,23 +73,80 @@ class Region:
         page_size = page_size or (PAGE_SIZE if backing is Backing.BUFFER else HOST_PAGE_SIZE)
         return replace(self, backing=backing, page_size=page_size, name=self.name or describe_fd(self.fd))
 
-    def check_pages(self) -> None:
-        """Raise `UsageError` if the region is not made of whole pages of the host."""
-        page = self.page_size
-        if page < PAGE_SIZE or page & (page - 1) or self.size % page or self.offset % page:
+    def check(self) -> None:
+        """Raise `UsageError` if no memory can be like that, whatever is behind it."""
+        where = f"region at {self.gpa:#x} of {self.size:#x} bytes"
+        if self.size <= 0 or (self.gpa | self.size | self.offset) % PAGE_SIZE or self.offset < 0:
+            raise UsageError(f"{where} at offset {self.offset:#x} is not made of whole {PAGE_SIZE}-byte pages")
+        if not 0 <= self.gpa <= ADDRESS_LIMIT - self.size:
+            raise UsageError(f"{where} is not below {ADDRESS_LIMIT:#x}, the most an address can be")
+        if self.page_size and (self.page_size < PAGE_SIZE or self.page_size & (self.page_size - 1)):
             raise UsageError(
-                f"{self.describe()} of {self.size} bytes at offset {self.offset:#x} is not made of whole pages of "
-                f"{page} bytes"
+                f"{where} in pages of {self.page_size} bytes: it must be a power of two, {PAGE_SIZE} or more"
             )
 
 
-def _mapped(region: Region, flags: int) -> mmap.mmap:
+def _check_table(regions: Sequence[Region]) -> None:
+    """Raise `UsageError` if these regions, ascending, cannot be one guest's."""
+    if not 0 < len(regions) <= MAX_REGIONS:
+        raise UsageError(f"{len(regions)} regions of guest memory: there must be one, and at most {MAX_REGIONS}")
+    last_end = 0
+    for region in regions:
+        region.check()
+        if region.gpa < last_end:
+            raise UsageError(f"region at {region.gpa:#x} overlaps the one before it, which ends at {last_end:#x}")
+        last_end = region.end
+
+
+def _mapped(region: Region, flags: int) -> tuple[mmap.mmap, memoryview]:
+    """Map a region and all of the host pages that have a part of it; return the mapping and the region in it."""
+    page = region.page_size or PAGE_SIZE
+    lead = region.offset % page
+    size = -(-(lead + region.size) // page) * page
     try:
-        return mmap.mmap(region.fd, region.size, flags, offset=region.offset)
+        if region.fd < 0:
+            made = mmap.mmap(-1, size, flags | mmap.MAP_ANONYMOUS)
+        else:
+            start = region.offset - lead
+            made = mmap.mmap(region.fd, min(size, os.fstat(region.fd).st_size - start), flags, offset=start)
+    except ValueError as error:
+        raise UsageError(f"region at {region.gpa:#x}: the object behind it was just made shorter") from error
     except OSError as error:
         if region.backing is Backing.HUGETLB and error.errno == errno.ENOMEM:
             raise no_huge_pages(region.page_size, region.size) from error
-        raise
+        raise _not_had(error, f"region at {region.gpa:#x} of {region.size:#x} bytes cannot be mapped") from error
+    return made, memoryview(made)[lead : lead + region.size]
+
+
+def _not_had(error: OSError, what: str) -> UsageError | MissingFacility:
+    lacking = error.errno in (errno.ENOMEM, errno.EMFILE, errno.ENFILE, errno.ENOSPC, errno.EFBIG, errno.EAGAIN)
+    return (MissingFacility if lacking else UsageError)(f"{what}: {error.strerror}")
+
+
+def _check_object(region: Region) -> None:
+    """Raise `UsageError` if what is behind a region cannot be guest memory or is too short."""
+    try:
+        found = os.fstat(region.fd)
+    except OSError as error:
+        raise UsageError(f"region at {region.gpa:#x}: descriptor {region.fd}: {error.strerror}") from error
+    if not stat.S_ISREG(found.st_mode):
+        name = describe_fd(region.fd) or f"descriptor {region.fd}"
+        raise UsageError(f"region at {region.gpa:#x}: {name} is no memory object and no regular file")
+    if region.offset + region.size > found.st_size:
+        raise UsageError(
+            f"region at {region.gpa:#x} needs bytes up to {region.offset + region.size:#x} "
+            f"of an object that has {found.st_size:#x}"
+        )
+
+
+def _owned(fd: int, owned: dict[int, int]) -> int:
+    """Return the duplicate of a descriptor, made once."""
+    if fd not in owned:
+        try:
+            owned[fd] = os.dup(fd)
+        except OSError as error:
+            raise _not_had(error, f"descriptor {fd} cannot be duplicated") from error
+    return owned[fd]
 
 
 class GuestMemory:
@@ -101,27 +165,16 @@ class GuestMemory:
     Raises
     ------
     UsageError
-        If regions overlap, are empty, misaligned, more than 16, or a buffer has another size.
+        If regions overlap, are empty, misaligned, too many (`MAX_REGIONS`) or not below `ADDRESS_LIMIT`, or a buffer
+        has another size.
     """
 
     def __init__(self, regions: Sequence[Region], buffers: Sequence[Any]) -> None:
         order = sorted(range(len(regions)), key=lambda i: regions[i].gpa)
         self.regions: tuple[Region, ...] = tuple(regions[i].resolved() for i in order)
+        _check_table(self.regions)
         self._buffers = [buffers[i] for i in order]
-        if not self.regions:
-            raise UsageError("guest memory needs at least one region")
-        if len(self.regions) > lib.VQ_MAX_REGIONS:
-            raise UsageError(f"{len(self.regions)} regions of guest memory, at most {lib.VQ_MAX_REGIONS} are supported")
-        last_end = 0
-        for region in self.regions:
-            if region.size <= 0 or region.size % PAGE_SIZE or region.gpa % PAGE_SIZE or region.gpa < 0:
-                raise UsageError(
-                    f"region at {region.gpa:#x} of {region.size} bytes is not made of whole 4096-byte pages"
-                )
-            region.check_pages()
-            if region.gpa < last_end:
-                raise UsageError(f"region at {region.gpa:#x} overlaps the one before it, which ends at {last_end:#x}")
-            last_end = region.end
+        self._maps: Sequence[mmap.mmap] = ()
         self._arrays: list[npt.NDArray[np.uint8]] = []
         self._views: list[memoryview] = []
         self.c_table = ffi.new("struct vq_memory *")
@@ -138,6 +191,8 @@ class GuestMemory:
             entry.gpa, entry.size = region.gpa, region.size
             entry.host = ffi.cast("uint8_t *", array.ctypes.data)
         self.c_table.count = len(self.regions)
+        self.page_layout = PageLayout((r.gpa >> PAGE_SHIFT, r.size >> PAGE_SHIFT) for r in self.regions)
+        """The pages of RAM: what bookkeeping about them is sized by."""
         self._close_fds = close_with(self, ())
 
     # -- making one ---------------------------------------------------------------------------------------------
@@ -169,11 +224,12 @@ class GuestMemory:
         UsageError
             If the layout is malformed.
         MissingFacility
-            If there are not enough huge pages.
+            If the machine does not have that much address space, or not enough huge pages.
         OSError
-            If the memory cannot be had.
+            If no object can be made.
         """
         pairs = [(0, layout)] if isinstance(layout, int) else list(layout)
+        _check_table(sorted((Region(gpa, size) for gpa, size in pairs), key=lambda region: region.gpa))
         if path is None:
             fd = make_memfd(name, page_size)
         elif page_size != PAGE_SIZE:
@@ -181,7 +237,11 @@ class GuestMemory:
         else:
             fd = os.open(path, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
         try:
-            os.ftruncate(fd, sum(size for _, size in pairs))
+            offset = sum(size for _, size in pairs)
+            try:
+                os.ftruncate(fd, offset)
+            except OSError as error:
+                raise _not_had(error, f"cannot make {offset} bytes of guest memory") from error
             offset = 0
             regions = []
             for gpa, size in pairs:
@@ -201,9 +261,10 @@ class GuestMemory:
         Raises
         ------
         UsageError
-            If a region is malformed or reaches past the end of its object.
+            If a region is malformed, its descriptor is no memory object or file open for reading and writing, or it
+            reaches past the end of that.
         MissingFacility
-            If it is of huge pages, and there are not enough of them.
+            If the machine cannot map it: no address space, no descriptors, not enough huge pages.
         """
         return cls._map(regions, mmap.MAP_SHARED)
 
@@ -218,44 +279,43 @@ class GuestMemory:
         ------
         UsageError
             If a region is malformed or reaches past the end of its file.
+        MissingFacility
+            If the machine cannot map it.
         """
         return cls._map(regions, mmap.MAP_PRIVATE)
 
     @classmethod
     def _map(cls, regions: Iterable[Region], flags: int) -> GuestMemory:
+        ordered = sorted(regions, key=lambda region: region.gpa)
+        _check_table(ordered)
         owned: dict[int, int] = {}
-        mine, maps = [], []
+        mine: list[Region] = []
+        maps: list[mmap.mmap] = []
+        views: list[memoryview] = []
         try:
-            for region in regions:
-                if region.size <= 0 or region.offset < 0 or region.offset % PAGE_SIZE:
-                    raise UsageError(
-                        f"region at {region.gpa:#x}: size {region.size}, offset {region.offset} cannot be mapped"
-                    )
+            for region in ordered:
                 if flags == mmap.MAP_PRIVATE and region.fd < 0:
-                    maps.append(mmap.mmap(-1, region.size, flags | mmap.MAP_ANONYMOUS))
-                    mine.append(replace(region, fd=-1, offset=0, backing=Backing.PRIVATE_ANONYMOUS))
-                    continue
-                have = os.fstat(region.fd).st_size
-                if region.offset + region.size > have:
-                    raise UsageError(
-                        f"region at {region.gpa:#x} needs bytes up to {region.offset + region.size:#x} "
-                        f"of an object that has {have:#x}"
-                    )
-                if flags == mmap.MAP_PRIVATE:
-                    maps.append(_mapped(region, flags))
-                    mine.append(replace(region, fd=-1, backing=Backing.PRIVATE_FILE, name=describe_fd(region.fd)))
-                    continue
-                if region.fd not in owned:
-                    owned[region.fd] = os.dup(region.fd)
-                shared = replace(region, fd=owned[region.fd]).resolved()
-                shared.check_pages()
-                maps.append(_mapped(shared, flags))
-                mine.append(shared)
-            memory = cls(mine, maps)
+                    kept = placed = replace(region, fd=-1, offset=0, backing=Backing.PRIVATE_ANONYMOUS)
+                else:
+                    _check_object(region)
+                    if flags == mmap.MAP_PRIVATE:
+                        placed, name = region, describe_fd(region.fd)
+                        kept = replace(region, fd=-1, backing=Backing.PRIVATE_FILE, name=name)
+                    else:
+                        kept = placed = replace(region, fd=_owned(region.fd, owned)).resolved()
+                made, view = _mapped(placed, flags)
+                maps.append(made)
+                views.append(view)
+                mine.append(kept)
+            memory = cls(mine, views)
         except BaseException:
+            for give_back in (*(view.release for view in views), *(made.close for made in maps)):
+                with contextlib.suppress(BufferError):
+                    give_back()
             for fd in owned.values():
                 os.close(fd)
             raise
+        memory._maps = maps
         memory._close_fds = close_with(memory, owned.values())
         return memory
 
@@ -280,12 +340,13 @@ class GuestMemory:
 
     @property
     def page_span(self) -> int:
-        """Number of pages from address 0 to `end`, holes counted: the length of a page bitmap."""
+        """Number of pages from address 0 to `end`, holes counted: for what is indexed by page number."""
         return self.end >> PAGE_SHIFT
 
     @property
     def arrays(self) -> tuple[npt.NDArray[np.uint8], ...]:
         """One uint8 array per region, over the shared memory itself."""
+        self.check_open()
         return tuple(self._arrays)
 
     def region_index(self, gpa: int, length: int = 1) -> int:
@@ -295,7 +356,10 @@ class GuestMemory:
         ------
         GuestAddressError
             If no single region does.
+        UsageError
+            If the memory was closed.
         """
+        self.check_open()
         for i, region in enumerate(self.regions):
             if region.gpa <= gpa and gpa + length <= region.end:
                 return i
@@ -366,6 +430,11 @@ class GuestMemory:
         i = self.region_index(gpa, length)
         return int(self._arrays[i].ctypes.data) + gpa - self.regions[i].gpa
 
+    def check_open(self) -> None:
+        """Raise `UsageError` if the memory was closed."""
+        if not self._arrays:
+            raise UsageError(f"guest memory ({self.describe()}) was closed")
+
     # -- end ------------------------------------------------------------------------------------------------------
 
     def close(self) -> None:
@@ -373,16 +442,15 @@ class GuestMemory:
 
         A mapping that an array still refers to is unmapped by Python once that array is gone.
         """
+        ffi.memmove(self.c_table, bytes(ffi.sizeof("struct vq_memory")), ffi.sizeof("struct vq_memory"))
         self._arrays.clear()
         for view in self._views:
             view.release()
         self._views.clear()
-        for buffer in self._buffers:
-            if isinstance(buffer, mmap.mmap):
-                with contextlib.suppress(BufferError):  # an array handed out is still alive: it keeps the mapping
-                    buffer.close()
         self._buffers.clear()
-        self.c_table.count = 0
+        for made in self._maps:
+            with contextlib.suppress(BufferError):  # an array handed out is still alive: it keeps the mapping
+                made.close()
         self._close_fds()
 
     def __enter__(self) -> GuestMemory:

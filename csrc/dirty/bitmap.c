@@ -17,14 +17,18 @@ static uint64_t mask(uint64_t from, uint64_t to)
 #define COUNTS_BITS
 #endif
 
-void dirty_set(uint64_t *map, uint64_t first, uint64_t n)
+COUNTS_BITS int64_t dirty_set(uint64_t *map, uint64_t first, uint64_t n)
 {
     const uint64_t end = first + n;
+    int64_t set = 0;
     while (first < end) {
         const uint64_t stop = (first | (WORD_BITS - 1)) + 1 < end ? (first | (WORD_BITS - 1)) + 1 : end;
-        map[first / WORD_BITS] |= mask(first % WORD_BITS, stop - (first & ~(uint64_t)(WORD_BITS - 1)));
+        const uint64_t bits = mask(first % WORD_BITS, stop - (first & ~(uint64_t)(WORD_BITS - 1)));
+        set += __builtin_popcountll(bits & ~map[first / WORD_BITS]);
+        map[first / WORD_BITS] |= bits;
         first = stop;
     }
+    return set;
 }
 
 COUNTS_BITS int64_t dirty_clear(uint64_t *map, uint64_t first, uint64_t n)
@@ -54,37 +58,86 @@ COUNTS_BITS int64_t dirty_count(const uint64_t *map, uint64_t first, uint64_t n)
     return count;
 }
 
-/* The pages wholly inside bytes [addr, addr + len), cut to the bitmap; rounded inwards, since a page of which
- * only a part was hinted must be sent. */
-static uint64_t whole_pages(uint64_t addr, uint64_t len, uint64_t pages, uint64_t *first)
+/* The pages wholly inside bytes [addr, addr + len); rounded inwards, since a page of which only a part was
+ * hinted must be sent. */
+static struct dirty_run whole_pages(uint64_t addr, uint64_t len)
 {
-    uint64_t end = (addr + len < addr ? UINT64_MAX : addr + len) / DIRTY_PAGE_SIZE;
-    if (end > pages)
-        end = pages;
-    *first = addr / DIRTY_PAGE_SIZE + (addr % DIRTY_PAGE_SIZE != 0);
-    return *first < end ? end - *first : 0;
+    const uint64_t end = (addr + len < addr ? UINT64_MAX : addr + len) / DIRTY_PAGE_SIZE;
+    const uint64_t first = addr / DIRTY_PAGE_SIZE + (addr % DIRTY_PAGE_SIZE != 0);
+    return (struct dirty_run){first, first < end ? end - first : 0, 0};
 }
 
-int64_t dirty_clear_ranges(uint64_t *map, uint64_t pages, const uint64_t *addr, const uint64_t *len,
-                           uint64_t count)
+/* The pages that bytes [addr, addr + len) touch. */
+static struct dirty_run touched_pages(uint64_t addr, uint64_t len)
+{
+    const uint64_t first = addr / DIRTY_PAGE_SIZE;
+    if (!len)
+        return (struct dirty_run){first, 0, 0};
+    const uint64_t last = (addr + len - 1 < addr ? UINT64_MAX : addr + len - 1) / DIRTY_PAGE_SIZE;
+    return (struct dirty_run){first, last - first + 1, 0};
+}
+
+/* Cut the next part that exists off the front of `want`: its bits go to `part`. Returns 0 when there is no
+ * more. `at` is the run looked at last; requests mostly come in one run, or ascending. */
+static int next_part(const struct dirty_layout *layout, uint64_t *at, struct dirty_run *want,
+                     struct dirty_run *part)
+{
+    const struct dirty_run *run = layout->run;
+    uint64_t low = 0, high = layout->count;
+    if (!want->pages)
+        return 0;
+    if (*at < high && run[*at].first <= want->first && want->first - run[*at].first < run[*at].pages) {
+        low = *at;
+    } else {
+        while (low < high) { /* the first run that ends after the first page wanted */
+            const uint64_t middle = low + (high - low) / 2;
+            if (run[middle].first + run[middle].pages <= want->first)
+                low = middle + 1;
+            else
+                high = middle;
+        }
+        if (low == layout->count)
+            return 0;
+        *at = low;
+    }
+    const uint64_t end = want->first + want->pages, run_end = run[low].first + run[low].pages;
+    const uint64_t first = want->first > run[low].first ? want->first : run[low].first;
+    const uint64_t stop = end < run_end ? end : run_end;
+    if (first >= stop)
+        return 0;
+    part->first = run[low].slot + (first - run[low].first);
+    part->pages = stop - first;
+    want->first = stop;
+    want->pages = end - stop;
+    return 1;
+}
+
+int64_t dirty_clear_ranges(uint64_t *map, const struct dirty_layout *layout, const uint64_t *addr,
+                           const uint64_t *len, uint64_t count)
 {
     int64_t cleared = 0;
-    uint64_t first;
+    uint64_t at = 0;
+    struct dirty_run part;
     for (uint64_t i = 0; i < count; i++) {
-        const uint64_t n = whole_pages(addr[i], len[i], pages, &first);
-        cleared += dirty_clear(map, first, n);
+        struct dirty_run want = whole_pages(addr[i], len[i]);
+        while (next_part(layout, &at, &want, &part))
+            cleared += dirty_clear(map, part.first, part.pages);
     }
     return cleared;
 }
 
-void dirty_set_ranges(uint64_t *map, uint64_t pages, const uint64_t *addr, const uint64_t *len,
-                      uint64_t count)
+int64_t dirty_set_ranges(uint64_t *map, const struct dirty_layout *layout, const uint64_t *addr,
+                         const uint64_t *len, uint64_t count)
 {
-    uint64_t first;
+    int64_t set = 0;
+    uint64_t at = 0;
+    struct dirty_run part;
     for (uint64_t i = 0; i < count; i++) {
-        const uint64_t n = whole_pages(addr[i], len[i], pages, &first);
-        dirty_set(map, first, n);
+        struct dirty_run want = whole_pages(addr[i], len[i]);
+        while (next_part(layout, &at, &want, &part))
+            set += dirty_set(map, part.first, part.pages);
     }
+    return set;
 }
 
 int64_t dirty_runs(const uint64_t *map, uint64_t first, uint64_t end, uint64_t *starts, uint64_t *lengths,
@@ -133,31 +186,30 @@ void dirty_log_mark(uint64_t *log, uint64_t first, uint64_t n)
     }
 }
 
-void dirty_log_mark_ranges(uint64_t *log, uint64_t pages, const uint64_t *addr, const uint64_t *len,
-                           uint64_t count)
+void dirty_log_mark_ranges(uint64_t *log, const struct dirty_layout *layout, const uint64_t *addr,
+                           const uint64_t *len, uint64_t count)
 {
+    uint64_t at = 0;
+    struct dirty_run part;
     for (uint64_t i = 0; i < count; i++) {
-        if (!len[i])
-            continue;
-        const uint64_t first = addr[i] / DIRTY_PAGE_SIZE;
-        uint64_t last =
-            (addr[i] + len[i] - 1 < addr[i] ? UINT64_MAX : addr[i] + len[i] - 1) / DIRTY_PAGE_SIZE;
-        if (last >= pages)
-            last = pages - 1;
-        if (first < pages)
-            dirty_log_mark(log, first, last - first + 1);
+        struct dirty_run want = touched_pages(addr[i], len[i]);
+        while (next_part(layout, &at, &want, &part))
+            dirty_log_mark(log, part.first, part.pages);
     }
 }
 
 COUNTS_BITS int64_t dirty_log_fetch(uint64_t *log, uint64_t *into, uint64_t pages)
 {
     int64_t moved = 0;
-    for (uint64_t w = 0; w < (pages + WORD_BITS - 1) / WORD_BITS; w++) {
+    for (uint64_t w = 0; w * WORD_BITS < pages; w++) {
+        const uint64_t here =
+            pages - w * WORD_BITS; /* what others set past the last page counts for nothing */
         if (!__atomic_load_n(&log[w], __ATOMIC_RELAXED))
             continue;
         /* Fetch and clear in one step: a mark between the two would be lost. Acquire pairs with
          * dirty_log_mark. */
-        const uint64_t bits = __atomic_exchange_n(&log[w], 0, __ATOMIC_ACQUIRE);
+        const uint64_t bits =
+            __atomic_exchange_n(&log[w], 0, __ATOMIC_ACQUIRE) & mask(0, here < WORD_BITS ? here : WORD_BITS);
         moved += __builtin_popcountll(bits);
         into[w] |= bits;
     }

@@ -1,29 +1,39 @@
 /* Page bitmaps, page contents, and the kernel's ways to tell which pages were written.
  *
  * This header is also read by cffi: no guards, inlines, attributes or shifts in macros here; dirty.h includes
- * it. A bitmap is an array of uint64_t, bit p % 64 of word p / 64 stands for page p. A page is 4096 bytes.
- * Functions that can fail return what they are asked for (a count, a descriptor, or 0) or a negative errno;
- * `into` may hold a part of the answer then. A bitmap that is handed in has room for every page that the call
- * is about.
+ * it. A bitmap is an array of uint64_t, bit s % 64 of word s / 64 stands for slot s: the place of a page
+ * among those that exist (struct dirty_layout). A page is 4096 bytes. Functions that can fail return what
+ * they are asked for (a count, a descriptor, or 0) or a negative errno; `into` may hold a part of the answer
+ * then. A bitmap that is handed in has room for every page that the call is about.
  */
 
 #define DIRTY_PAGE_SIZE 4096
 
+/* ---- which pages exist ---- */
+
+/* `pages` pages from page number `first` on (guest address / 4096), whose bits begin at `slot`. */
+struct dirty_run {
+    uint64_t first, pages, slot;
+};
+/* All runs, ascending and apart, their slots one after another: bookkeeping has no room for holes. */
+struct dirty_layout {
+    const struct dirty_run *run;
+    uint64_t count;
+};
+
 /* ---- bitmaps owned by one thread ---- */
 
-/* Set, clear or count bits [first, first + n); clear returns how many of them were set. */
-void dirty_set(uint64_t *map, uint64_t first, uint64_t n);
+/* Set, clear or count bits [first, first + n); set and clear return how many of them changed. */
+int64_t dirty_set(uint64_t *map, uint64_t first, uint64_t n);
 int64_t dirty_clear(uint64_t *map, uint64_t first, uint64_t n);
 int64_t dirty_count(const uint64_t *map, uint64_t first, uint64_t n);
 
-/* Clear the bits of `count` byte ranges (a hint's blocks); a page only partly covered keeps its bit.
- * Bytes outside [0, pages * 4096) are left alone. Returns how many bits were set before. */
-int64_t dirty_clear_ranges(uint64_t *map, uint64_t pages, const uint64_t *addr, const uint64_t *len,
-                           uint64_t count);
-
-/* Set the bits of the pages wholly inside `count` byte ranges. */
-void dirty_set_ranges(uint64_t *map, uint64_t pages, const uint64_t *addr, const uint64_t *len,
-                      uint64_t count);
+/* Clear or set the bits of the pages that lie wholly inside `count` byte ranges of guest addresses (a hint's
+ * blocks); what does not exist is left out. Returns how many bits changed. */
+int64_t dirty_clear_ranges(uint64_t *map, const struct dirty_layout *layout, const uint64_t *addr,
+                           const uint64_t *len, uint64_t count);
+int64_t dirty_set_ranges(uint64_t *map, const struct dirty_layout *layout, const uint64_t *addr,
+                         const uint64_t *len, uint64_t count);
 
 /* The runs of set bits in [first, end): writes up to `max` (start, length) pairs, returns how many;
  * *resume is where to go on, `end` when all was seen. */
@@ -35,9 +45,9 @@ int64_t dirty_runs(const uint64_t *map, uint64_t first, uint64_t end, uint64_t *
 /* Mark pages written, after the store or the completion of the I/O. Release order: whoever fetches the bit
  * sees the store that came before. */
 void dirty_log_mark(uint64_t *log, uint64_t first, uint64_t n);
-/* Mark every page that the `count` byte ranges touch. */
-void dirty_log_mark_ranges(uint64_t *log, uint64_t pages, const uint64_t *addr, const uint64_t *len,
-                           uint64_t count);
+/* Mark every page that the `count` byte ranges of guest addresses touch; what does not exist is left out. */
+void dirty_log_mark_ranges(uint64_t *log, const struct dirty_layout *layout, const uint64_t *addr,
+                           const uint64_t *len, uint64_t count);
 /* Move the log into `into` (or-ed) and clear it, word by word atomically, acquire order. Returns bits moved.
  */
 int64_t dirty_log_fetch(uint64_t *log, uint64_t *into, uint64_t pages);

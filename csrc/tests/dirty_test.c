@@ -35,6 +35,20 @@ static uint64_t seed, random_state;
 static uint64_t *map, *log_map, *into;
 static unsigned char model[PAGES], log_model[PAGES], into_model[PAGES];
 
+/* The pages that exist: slots 0 to 999 are these page numbers. */
+#define RUNS 4
+static const struct dirty_run exist[RUNS] = {{2, 300, 0}, {305, 1, 300}, {400, 499, 301}, {1000, 200, 800}};
+static const struct dirty_layout layout = {exist, RUNS};
+
+static uint64_t page_in(uint64_t slot)
+{
+    for (int i = 0; i < RUNS; i++) {
+        if (slot - exist[i].slot < exist[i].pages)
+            return exist[i].first + slot - exist[i].slot;
+    }
+    abort();
+}
+
 static uint64_t next_random(void)
 {
     random_state ^= random_state << 13;
@@ -70,7 +84,7 @@ static void same(const uint64_t *bits, const unsigned char *flags)
 /* A byte range: mostly sensible, sometimes past the end or round the address space. */
 static void range(uint64_t *addr, uint64_t *len)
 {
-    *addr = below(PAGES + 20) * DIRTY_PAGE_SIZE + (below(3) ? 0 : below(DIRTY_PAGE_SIZE));
+    *addr = below(PAGES + 250) * DIRTY_PAGE_SIZE + (below(3) ? 0 : below(DIRTY_PAGE_SIZE));
     *len = below(300) * DIRTY_PAGE_SIZE + (below(3) ? 0 : below(DIRTY_PAGE_SIZE));
     if (!below(8))
         *addr = UINT64_MAX - below(3 * DIRTY_PAGE_SIZE);
@@ -95,7 +109,7 @@ static void plain(void)
         set += model[p];
     CHECK(dirty_count(map, first, n) == (int64_t)set);
     if (below(2)) {
-        dirty_set(map, first, n);
+        CHECK(dirty_set(map, first, n) == (int64_t)(n - set));
         memset(model + first, 1, n);
     } else {
         CHECK(dirty_clear(map, first, n) == (int64_t)set);
@@ -105,22 +119,22 @@ static void plain(void)
 
 static void ranges(void)
 {
-    uint64_t addr[5], len[5], count = below(6), cleared = 0;
+    uint64_t addr[5], len[5], count = below(6), changed = 0;
     int set = (int)below(2);
 
     for (uint64_t i = 0; i < count; i++) {
         range(&addr[i], &len[i]);
         for (uint64_t p = 0; p < PAGES; p++) {
-            if (covers(addr[i], len[i], p, 1)) {
-                cleared += model[p];
+            if (covers(addr[i], len[i], page_in(p), 1)) {
+                changed += model[p] != set;
                 model[p] = (unsigned char)set;
             }
         }
     }
     if (set)
-        dirty_set_ranges(map, PAGES, addr, len, count);
+        CHECK(dirty_set_ranges(map, &layout, addr, len, count) == (int64_t)changed);
     else
-        CHECK(dirty_clear_ranges(map, PAGES, addr, len, count) == (int64_t)cleared);
+        CHECK(dirty_clear_ranges(map, &layout, addr, len, count) == (int64_t)changed);
 }
 
 static void runs(void)
@@ -151,10 +165,11 @@ static void shared_log(void)
     dirty_log_mark(log_map, first, n);
     memset(log_model + first, 1, n);
     range(&addr, &len);
-    dirty_log_mark_ranges(log_map, PAGES, &addr, &len, 1);
+    dirty_log_mark_ranges(log_map, &layout, &addr, &len, 1);
     for (uint64_t p = 0; p < PAGES; p++)
-        log_model[p] |= (unsigned char)covers(addr, len, p, 0);
+        log_model[p] |= (unsigned char)covers(addr, len, page_in(p), 0);
     same(log_map, log_model);
+    log_map[WORDS - 1] |= ~UINT64_C(0) << PAGES % 64; /* a writer that scribbles behind the last page */
     if (below(3))
         return;
     for (uint64_t p = 0; p < PAGES; p++) {

@@ -85,10 +85,11 @@ static inline int covered(struct vq_device *q, uint64_t addr, uint32_t len)
 
     if (addr - r->gpa < r->size && len <= r->size - (addr - r->gpa)) /* below gpa wraps to huge */
         return 1;
-    for (uint32_t i = 0; i < mem->count && i < VQ_MAX_REGIONS; i++) {
-        if (addr - mem->region[i].gpa < mem->region[i].size)
-            q->region = i;
-    }
+    const uint32_t found = vq_memory_region(mem, addr);
+
+    if (found == VQ_MAX_REGIONS)
+        return 0;
+    q->region = found;
     return vq_memory_covers(mem, addr, len);
 }
 

@@ -23,35 +23,47 @@ uint64_t vq_used_bytes(uint32_t size)
                          : 0; /* flags, idx, ring, avail_event */
 }
 
+uint32_t vq_memory_region(const struct vq_memory *mem, uint64_t addr)
+{
+    const uint32_t count = mem->count < VQ_MAX_REGIONS ? mem->count : VQ_MAX_REGIONS;
+    uint32_t low = 0, high = count;
+
+    while (low < high) { /* the first region that begins after addr */
+        uint32_t middle = (low + high) / 2;
+
+        if (mem->region[middle].gpa <= addr)
+            low = middle + 1;
+        else
+            high = middle;
+    }
+    return low && addr - mem->region[low - 1].gpa < mem->region[low - 1].size ? low - 1 : VQ_MAX_REGIONS;
+}
+
 void *vq_memory_at(const struct vq_memory *mem, uint64_t addr, uint64_t len)
 {
-    for (uint32_t i = 0; i < mem->count && i < VQ_MAX_REGIONS; i++) {
-        const struct vq_region *r = &mem->region[i];
+    const uint32_t i = vq_memory_region(mem, addr);
+    const struct vq_region *r = &mem->region[i];
 
-        if (addr >= r->gpa && addr - r->gpa < r->size && len <= r->size - (addr - r->gpa))
-            return r->host + (addr - r->gpa);
-    }
-    return NULL;
+    if (i == VQ_MAX_REGIONS || len > r->size - (addr - r->gpa))
+        return NULL;
+    return r->host + (addr - r->gpa);
 }
 
 int vq_memory_covers(const struct vq_memory *mem, uint64_t addr, uint64_t len)
 {
     if (len == 0 || addr + len < addr)
         return 0;
-    /* Regions are sorted: one pass eats the range from its front. */
-    for (uint32_t i = 0; i < mem->count && i < VQ_MAX_REGIONS; i++) {
+    for (;;) { /* eat the range from its front */
+        const uint32_t i = vq_memory_region(mem, addr);
         const struct vq_region *r = &mem->region[i];
 
-        if (addr >= r->gpa && addr - r->gpa < r->size) {
-            uint64_t here = r->size - (addr - r->gpa);
-
-            if (len <= here)
-                return 1;
-            addr += here;
-            len -= here;
-        }
+        if (i == VQ_MAX_REGIONS)
+            return 0;
+        if (len <= r->size - (addr - r->gpa))
+            return 1;
+        len -= r->size - (addr - r->gpa);
+        addr = r->gpa + r->size;
     }
-    return 0;
 }
 
 static void *part_at(const struct vq_memory *mem, uint64_t addr, uint64_t len, uint64_t align, int *error)

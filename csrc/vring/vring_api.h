@@ -71,7 +71,7 @@ struct vring_used_elem {
 
 /* ---- guest memory: the regions a queue may reach ---- */
 
-#define VQ_MAX_REGIONS 16
+#define VQ_MAX_REGIONS 64
 
 struct vq_region {
     uint64_t gpa;  /* first guest physical address */

@@ -10,6 +10,9 @@
 
 #include "vring/vring.h"
 
+/* Which region holds an address; VQ_MAX_REGIONS if none does. */
+uint32_t vq_memory_region(const struct vq_memory *mem, uint64_t addr);
+
 #if __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
 #error "ring fields are little-endian and are accessed as they are"
 #endif

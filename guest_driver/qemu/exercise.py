@@ -118,9 +118,9 @@ def _inflate(guest: QemuGuest, pages: int) -> None:
 
 def _holes(guest: QemuGuest, pages: bitmap.Bitmap) -> int:
     """Return how many of these pages have no memory behind them."""
-    span = guest.memory.page_span
-    here, wanted = bitmap.to_bools(populated(guest.memory), span), bitmap.to_bools(pages, span)
-    return int(np.count_nonzero(wanted & ~here))
+    memory = guest.memory
+    wanted = memory.page_layout.pick(bitmap.to_bools(pages, memory.page_span))
+    return int(np.count_nonzero(wanted & ~populated(memory).to_bools()))
 
 
 def _statistics(guest: QemuGuest) -> bool:

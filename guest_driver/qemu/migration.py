@@ -272,16 +272,19 @@ def compare(guest: QemuGuest, destination: QemuMachine, *, hints: bool) -> Verdi
     still holds for hints (or anywhere, if it had to take some back): all others must be equal too.
     """
     manager = guest.manager
-    pages = guest.memory.page_span
-    differ = digests_of(guest.memory)[:pages] != digests_of(destination.memory)[:pages]
-    hinted = bitmap.to_bools(manager.bitmap(Owner.HINT), pages)
-    kept = bitmap.to_bools(manager.allocated_bitmap(), pages) & ~hinted
-    may = np.zeros(pages, dtype=np.bool_)
+    layout, span = guest.memory.page_layout, guest.memory.page_span
+    differ = digests_of(guest.memory) != digests_of(destination.memory)
+    hinted = layout.pick(bitmap.to_bools(manager.bitmap(Owner.HINT), span))
+    kept = layout.pick(bitmap.to_bools(manager.allocated_bitmap(), span)) & ~hinted
+    may = np.zeros(layout.count, dtype=np.bool_)
     if hints:
         may = ~kept if guest.driver.statistics()["reclaimed"] else hinted
     wrong = np.flatnonzero(differ & ~may)
-    names = [f"page {p:#x} ({'in use' if kept[p] else 'free'}) differs" for p in wrong[:5]]
-    return Verdict(pages, len(wrong), int(np.count_nonzero(differ & may)), int(np.count_nonzero(kept)), names)
+    names = [
+        f"page {page:#x} ({'in use' if kept[slot] else 'free'}) differs"
+        for slot, page in zip(wrong[:5], layout.numbers(wrong[:5]).tolist(), strict=True)
+    ]
+    return Verdict(layout.count, len(wrong), int(np.count_nonzero(differ & may)), int(np.count_nonzero(kept)), names)
 
 
 def hinted_pages(outcome: MigrationOutcome) -> int:

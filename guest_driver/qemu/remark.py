@@ -9,18 +9,15 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable
 
-import numpy as np
-
 from guest_driver.memory_manager import MemoryManager
 from guest_driver.qemu.qtest import QtestClient
-from vring import bitmap
-from vring.bitmap import Bitmap
 from vring.dirty import DirtyLog
 from vring.dirty.combined import CombinedLog
 from vring.dirty.software import SoftwareDirtyLog
 from vring.dirty.wp_async import WpAsyncDirtyLog, WriteProtection
 from vring.errors import MissingFacility, UsageError
 from vring.memory import PAGE_SIZE, GuestMemory
+from vring.pages import PageSet
 from vring.split import QueueLayout
 
 __all__ = ["WriteLog", "mark_written", "marks"]
@@ -57,7 +54,7 @@ class WriteLog:
                 if wanted == "wp-async":
                     raise
         if self._protection is None:
-            software = SoftwareDirtyLog.for_memory(memory)
+            software = SoftwareDirtyLog(memory.page_span)
             manager.use_dirty_log(software.bits)
             self._log = CombinedLog("software", [software], always=[(0, manager.kernel.size)])
         self.name = self._log.name
@@ -65,7 +62,7 @@ class WriteLog:
     def _wp_async(self, memory: GuestMemory) -> DirtyLog:
         protection = WriteProtection(memory)
         try:
-            log = WpAsyncDirtyLog(os.getpid(), protection.ranges, memory.page_span)
+            log = WpAsyncDirtyLog(os.getpid(), protection.ranges, memory.page_layout)
             log.start()
         except MissingFacility:
             protection.close()
@@ -77,9 +74,9 @@ class WriteLog:
         """Forget what was written so far."""
         self._log.start()
 
-    def sync(self) -> Bitmap:
+    def sync(self) -> PageSet:
         """Return the pages written since `start` or the last sync."""
-        written = bitmap.empty(self._manager.memory.page_span)
+        written = PageSet(self._manager.memory.page_layout)
         self._log.sync(written)
         return written
 
@@ -109,8 +106,8 @@ def marks(memory: GuestMemory, pages: Iterable[int], queues: Iterable[QueueLayou
     return result
 
 
-def mark_written(qtest: QtestClient, memory: GuestMemory, written: Bitmap, queues: Iterable[QueueLayout]) -> int:
-    """Have QEMU log the pages of a bitmap; return how many."""
-    pages = bitmap.pages_of(written)
-    qtest.write_bytes(marks(memory, (int(p) for p in np.asarray(pages)), queues))
+def mark_written(qtest: QtestClient, memory: GuestMemory, written: PageSet, queues: Iterable[QueueLayout]) -> int:
+    """Have QEMU log these pages; return how many."""
+    pages = written.numbers().tolist()
+    qtest.write_bytes(marks(memory, pages, queues))
     return len(pages)

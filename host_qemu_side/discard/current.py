@@ -1,4 +1,4 @@
-"""The discarder of a device whose memory comes and goes with its front end."""
+"""The discarder of a device whose memory and driver come and go with its front end."""
 
 from __future__ import annotations
 
@@ -19,13 +19,16 @@ U64 = npt.NDArray[np.uint64]
 class CurrentDiscarder:
     """Passes on to one `Discarder` for as long as the memory stays the same.
 
+    What is known of large host pages of which parts are in the balloon is kept when the memory changes, as far as its
+    pages are still there; it is forgotten by `reset`, and as soon as the driver does not tell.
+
     Parameters
     ----------
     memory
         Returns the guest's memory as it is now, None if there is none.
     tells_host
-        Whether the driver tells before it takes a page back (MUST_TELL_HOST): only then may a host page bigger than
-        4 KiB be put together from several requests, else a page in use could be dropped with it
+        Whether the driver, as it is now, tells before it takes a page back (MUST_TELL_HOST): only then may a host page
+        bigger than 4 KiB be put together from several requests, else a page in use could be dropped with it
         (balloon.operation.driver-8).
     """
 
@@ -35,15 +38,20 @@ class CurrentDiscarder:
 
     @property
     def current(self) -> Discarder | None:
-        """The discarder of the present memory."""
-        memory = self._memory()
+        """The discarder of the present memory and driver."""
+        memory, before = self._memory(), self._current
         if memory is None:
             self._current = None
-        elif self._current is None or self._current.memory is not memory:
-            big = any(region.page_size > PAGE_SIZE for region in memory.regions)
-            partial = PartialPages(memory) if big and self._tells_host() else None
-            self._current = Discarder(memory, partial=partial, on_refusal="count")
+        elif before is None or before.memory is not memory:
+            known = before.partial if before is not None else None
+            self._current = Discarder(memory, partial=self._partial(memory, known), on_refusal="count")
+        elif before.partial is None or not self._tells_host():
+            before.partial = self._partial(memory, None)
         return self._current
+
+    def _partial(self, memory: GuestMemory, known: PartialPages | None) -> PartialPages | None:
+        big = any(region.page_size > PAGE_SIZE for region in memory.regions)
+        return PartialPages(memory, known) if big and self._tells_host() else None
 
     def __call__(self, addr: U64, length: U64) -> None:
         """Drop pages, see `Discarder.__call__`."""
@@ -56,6 +64,6 @@ class CurrentDiscarder:
             current.deflate(addr, length)
 
     def reset(self) -> None:
-        """Forget the balloon."""
+        """Forget what is in the balloon: the device was reset, or it is in doubt. Nothing is dropped by that."""
         if self._current is not None:
             self._current.reset()

@@ -8,8 +8,9 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from host_qemu_side.discard.pieces import Piece, pieces_of
-from vring.memory import PAGE_SIZE, GuestMemory, Region
+from host_qemu_side.discard.pieces import Piece, grown, pieces_of
+from vring.memory import PAGE_SHIFT, PAGE_SIZE, GuestMemory, Region
+from vring.pages import PageLayout, PageSet
 
 __all__ = ["PartialPages", "whole_pages"]
 
@@ -18,9 +19,14 @@ U64 = npt.NDArray[np.uint64]
 
 def whole_pages(piece: Piece) -> list[Piece]:
     """Return what of a piece is whole host pages: none, or one piece."""
-    base, page = piece.region.gpa, piece.region.page_size
-    start, end = base - (base - piece.gpa) // page * page, base + (piece.end - base) // page * page
+    start, end = _whole(piece.region, piece.gpa, piece.end)
     return [piece.part(start, end)] if start < end else []
+
+
+def _whole(region: Region, start: int, end: int) -> tuple[int, int]:
+    """Shrink a guest address range to whole host pages (perhaps to less than nothing)."""
+    base, page = region.host_page_base, region.page_size
+    return base - (base - start) // page * page, base + (end - base) // page * page
 
 
 class PartialPages:
@@ -34,29 +40,31 @@ class PartialPages:
     Parameters
     ----------
     memory
-        Guest memory; regions whose host pages are 4096 bytes are not tracked.
+        Guest memory; regions whose host pages are 4096 bytes are not tracked. A host page of which a part is in no
+        region, or in another one, is never whole.
+    before
+        Those of the memory that the guest had until now: what they know of pages that it still has is kept.
     """
 
-    def __init__(self, memory: GuestMemory) -> None:
+    def __init__(self, memory: GuestMemory, before: PartialPages | None = None) -> None:
         self.memory = memory
-        self._given: dict[int, npt.NDArray[np.bool_]] = {
-            region.gpa: np.zeros(region.size // PAGE_SIZE, dtype=np.bool_)
-            for region in memory.regions
-            if region.page_size > PAGE_SIZE
-        }
+        self._tracked = [region for region in memory.regions if region.page_size > PAGE_SIZE]
+        layout = PageLayout((region.gpa >> PAGE_SHIFT, region.size >> PAGE_SHIFT) for region in self._tracked)
+        self._given: PageSet = PageSet(layout) if before is None else before._given.within(layout)
 
     @property
     def pages(self) -> int:
         """Pages of 4096 bytes that are in the balloon, in the tracked regions."""
-        return sum(int(given.sum()) for given in self._given.values())
+        return len(self._given)
 
     @property
     def waiting(self) -> int:
         """Those of them that still take memory because their host page is not whole."""
-        return sum(
-            int(given.sum()) - int(self._by_page(given, region).all(axis=1).sum()) * (region.page_size // PAGE_SIZE)
-            for region, given in self._tracked()
-        )
+        whole = 0
+        for region in self._tracked:
+            first, end = _whole(region, region.gpa, region.end)
+            whole += int(self._are_whole(region, first, end).sum()) * (region.page_size // PAGE_SIZE)
+        return len(self._given) - whole
 
     def inflate(self, addr: U64, length: U64) -> list[Piece]:
         """Take pages into the balloon; return the host pages that are whole now and that these pages are in.
@@ -78,22 +86,19 @@ class PartialPages:
         for piece in pieces:
             self._set(piece, True)
         found: list[Piece] = []
-        last: tuple[int, int] = (-1, 0)
+        done = 0
         for piece in pieces:
-            region, given = piece.region, self._given.get(piece.region.gpa)
-            if given is None:
+            region = piece.region
+            if region.page_size <= PAGE_SIZE:
                 found.append(piece)
                 continue
-            page = region.page_size
-            first = (piece.gpa - region.gpa) // page
-            if last[0] == region.gpa:
-                first = max(first, last[1])  # two pieces may meet in one host page
-            end = -(-(piece.end - region.gpa) // page)
-            last = (region.gpa, end)
-            whole = self._by_page(given, region)[first:end].all(axis=1)
+            reach = grown(piece)
+            first, end = _whole(region, max(reach.gpa, region.gpa, done), min(reach.end, region.end))
+            done = max(done, end)  # two pieces may meet in one host page
+            whole = self._are_whole(region, first, end)
             edges = np.flatnonzero(np.diff(np.concatenate(([False], whole, [False])).astype(np.int8)))
-            for start, stop in edges.reshape(-1, 2).tolist():
-                found.append(piece.part(region.gpa + (first + start) * page, region.gpa + (first + stop) * page))
+            for start, stop in (edges.reshape(-1, 2) * region.page_size).tolist():
+                found.append(piece.part(first + start, first + stop))
         return found
 
     def deflate(self, addr: U64, length: U64) -> None:
@@ -112,18 +117,17 @@ class PartialPages:
             self._set(piece, False)
 
     def reset(self) -> None:
-        """Forget everything: the device was reset, the balloon is empty."""
-        for given in self._given.values():
-            given[:] = False
+        """Forget everything: the device was reset, or it is in doubt what is in the balloon."""
+        self._given = PageSet(self._given.layout)
 
-    def _tracked(self) -> list[tuple[Region, npt.NDArray[np.bool_]]]:
-        return [(r, self._given[r.gpa]) for r in self.memory.regions if r.gpa in self._given]
-
-    def _by_page(self, given: npt.NDArray[np.bool_], region: Region) -> npt.NDArray[np.bool_]:
-        return given.reshape(-1, region.page_size // PAGE_SIZE)
+    def _are_whole(self, region: Region, start: int, end: int) -> npt.NDArray[np.bool_]:
+        """Tell for each host page of a range of whole ones whether all of it is in the balloon."""
+        pages = max(end - start, 0) >> PAGE_SHIFT
+        given = self._given.bools_of(start >> PAGE_SHIFT, pages).reshape(-1, region.page_size // PAGE_SIZE)
+        whole: npt.NDArray[np.bool_] = np.logical_and.reduce(given, axis=1)
+        return whole
 
     def _set(self, piece: Piece, value: bool) -> None:
-        given = self._given.get(piece.region.gpa)
-        if given is not None:
-            start = (piece.gpa - piece.region.gpa) // PAGE_SIZE
-            given[start : start + piece.length // PAGE_SIZE] = value
+        if piece.region.page_size > PAGE_SIZE:
+            change = self._given.set_run if value else self._given.clear_run
+            change(piece.gpa >> PAGE_SHIFT, piece.length >> PAGE_SHIFT)

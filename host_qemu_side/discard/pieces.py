@@ -143,7 +143,7 @@ def pieces_of(memory: GuestMemory, addr: U64, length: U64) -> list[Piece]:
 
 def grown(piece: Piece) -> Piece:
     """Return a piece grown to whole host pages."""
-    base, page = piece.region.gpa, piece.region.page_size
+    base, page = piece.region.host_page_base, piece.region.page_size
     return piece.part(base + (piece.gpa - base) // page * page, base - (base - piece.end) // page * page)
 
 
@@ -160,7 +160,7 @@ def cut_out(piece: Piece, holes: Iterable[tuple[int, int]]) -> tuple[list[Piece]
     kept, cut
         Both ascending.
     """
-    base, page = piece.region.gpa, piece.region.page_size
+    base, page = piece.region.host_page_base, piece.region.page_size
     kept: list[Piece] = []
     cut: list[Piece] = []
     at = piece.gpa

@@ -34,10 +34,10 @@ from host_qemu_side.migration.interfaces import (
 from host_qemu_side.migration.ram import RamState
 from host_qemu_side.migration.records import Cancel, End, Header, Ready, Refused, RoundEnd, State
 from host_qemu_side.migration.stream import MAX_PAGES, Kind, Record, StreamError, StreamWriter
-from vring import bitmap
-from vring.dirty import DirtyLog, DirtyLogVoid, LearnsWhatWasSent
+from vring.dirty import DirtyLog, DirtyLogVoid, LearnsWhatWasSent, check_covers
 from vring.errors import PeerVanished, VirtioError
 from vring.memory import PAGE_SIZE, GuestMemory
+from vring.pages import PageSet
 
 __all__ = ["Migration"]
 
@@ -90,6 +90,7 @@ class Migration:
         observer: Observer | None = None,
         hand_over: bool = True,
     ) -> None:
+        check_covers(log, memory)
         self.memory, self.log, self.output, self.guest, self.hints = memory, log, output, guest, hints
         self.limits, self.observer, self.hand_over = limits, observer, hand_over
         self.phase = Phase.SETUP
@@ -234,7 +235,7 @@ class Migration:
         """Tracking is on and synced: only now may an id be issued."""
         assert self._ram is not None
         self._enter(Phase.ROUND)
-        self._round = Round(pages_dirty=bitmap.count(self._ram.to_send), log_voided=self._round.log_voided)
+        self._round = Round(pages_dirty=len(self._ram.to_send), log_voided=self._round.log_voided)
         self._round_since = self._now
         self.result.rounds.append(self._round)
         self._ram.rewind()
@@ -316,7 +317,7 @@ class Migration:
             _, again = self._sync()
             voided = again or voided
         self._enter(Phase.FROZEN)
-        self._round = Round(pages_dirty=bitmap.count(self._ram.to_send), log_voided=voided)
+        self._round = Round(pages_dirty=len(self._ram.to_send), log_voided=voided)
         self.result.rounds.append(self._round)
         if self.hints is not None:
             self.hints.sink = None
@@ -423,7 +424,7 @@ class Migration:
     def _sync(self) -> tuple[int, str | None]:
         """Fetch and clear the dirty log into the migration bitmap."""
         assert self._ram is not None
-        dirty = bitmap.empty(self.memory.page_span)
+        dirty = PageSet(self.memory.page_layout)
         voided = None
         if self._learner is not None:
             self._learner.note_hinted(self._ram.skipped)
@@ -458,7 +459,7 @@ class Migration:
         sent, seconds = self._round.bytes_sent, self._now - self._round_since
         if sent < 4 << 20 or seconds <= 0:
             return False
-        left = bitmap.count(self._ram.to_send) * PAGE_SIZE
+        left = len(self._ram.to_send) * PAGE_SIZE
         room = min(sent / seconds, self.limits.bandwidth) * self.limits.downtime
         return left <= min(room * 0.96, sent)  # the sync that comes next finds a little more
 

@@ -8,9 +8,9 @@ import numpy.typing as npt
 from host_qemu_side.migration.stream import MAX_PAGES
 from vring import bitmap
 from vring._vring import ffi, lib
-from vring.bitmap import Bitmap
 from vring.contents import look_again, populated
 from vring.memory import PAGE_SHIFT, PAGE_SIZE, GuestMemory
+from vring.pages import PageSet
 
 __all__ = ["RamState"]
 
@@ -29,14 +29,14 @@ class RamState:
     def __init__(self, memory: GuestMemory) -> None:
         self.memory = memory
         self.present = populated(memory)
-        self.to_send: Bitmap = self.present.copy()
+        self.to_send = self.present.copy()
         """The migration bitmap. Holes need not be sent at first: the destination starts out as zeros."""
-        self.skipped: Bitmap = bitmap.empty(memory.page_span)
-        """Pages that a hint took out of the bitmap and that were not written since."""
-        self.pages_total = memory.size >> PAGE_SHIFT
-        self.holes = self.pages_total - bitmap.count(self.present)
+        self.skipped = PageSet(memory.page_layout)
+        """Pages that a hint took out of the migration bitmap and that were not written since."""
+        self.pages_total = memory.page_layout.count
+        self.holes = self.pages_total - len(self.present)
         self._region = 0
-        self._cursor = memory.regions[0].gpa >> PAGE_SHIFT
+        self._cursor = 0
         self._data: npt.NDArray[np.uint8] = np.empty(MAX_PAGES * PAGE_SIZE, np.uint8)
         self._contents = memoryview(self._data.data)
         self._pages: npt.NDArray[np.uint64] = np.empty(MAX_PAGES, np.uint64)
@@ -46,8 +46,7 @@ class RamState:
 
     def rewind(self) -> None:
         """Begin a new pass over RAM."""
-        self._region = 0
-        self._cursor = self.memory.regions[0].gpa >> PAGE_SHIFT
+        self._region = self._cursor = 0
 
     def take(
         self, max_pages: int = MAX_PAGES
@@ -63,11 +62,13 @@ class RamState:
         """
         while self._region < len(self.memory.regions):
             region = self.memory.regions[self._region]
-            base, end = region.gpa >> PAGE_SHIFT, region.end >> PAGE_SHIFT
+            first, pages = region.gpa >> PAGE_SHIFT, region.size >> PAGE_SHIFT
+            base = self.memory.page_layout.slot(first, pages)
+            end = base + pages
             self._at[0] = self._cursor
             lib.dirty_take_pages(
-                bitmap.words(self.to_send),
-                bitmap.words(self.present),
+                bitmap.words(self.to_send.words),
+                bitmap.words(self.present.words),
                 ffi.cast("uint8_t *", self.memory.host_address(region.gpa)),
                 base,
                 self._at,
@@ -83,9 +84,9 @@ class RamState:
             n, z = self._out.n_pages, self._out.n_zeros
             if self._cursor >= end:
                 self._region += 1
-                if self._region < len(self.memory.regions):
-                    self._cursor = self.memory.regions[self._region].gpa >> PAGE_SHIFT
             if n or z:
+                self._pages[:n] += np.uint64(first - base)  # from slots to page numbers
+                self._zeros[:z] += np.uint64(first - base)
                 return self._pages[:n], self._contents[: n * PAGE_SIZE], self._zeros[:z]
         return None
 
@@ -94,24 +95,24 @@ class RamState:
 
         A page only partly covered stays, and so does one outside RAM.
         """
-        spared = bitmap.clear_ranges(self.to_send, addr, length)
-        bitmap.set_ranges(self.skipped, addr, length)
+        spared = self.to_send.clear_ranges(addr, length)
+        self.skipped.set_ranges(addr, length)
         return spared
 
-    def merge_dirty(self, dirty: Bitmap) -> int:
+    def merge_dirty(self, dirty: PageSet) -> int:
         """Add what the dirty log found; return how many pages are to be sent now."""
         self.to_send |= dirty
-        self.skipped &= ~dirty
-        return bitmap.count(self.to_send)
+        self.skipped -= dirty
+        return len(self.to_send)
 
     def void_hints(self) -> int:
         """Put every page that was skipped back into the bitmap; return how many."""
         self.skipped &= self.present
-        voided = bitmap.count(self.skipped & ~self.to_send)
+        voided = len(self.skipped - self.to_send)
         self.to_send |= self.skipped
-        self.skipped[:] = 0
+        self.skipped.clear()
         return voided
 
-    def refresh_holes(self, dirty: Bitmap | None) -> None:
+    def refresh_holes(self, dirty: PageSet | None) -> None:
         """Look again where there is memory, at pages written or dropped since; before they are taken. None: at all."""
         look_again(self.memory, self.present, dirty)

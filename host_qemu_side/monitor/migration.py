@@ -14,7 +14,6 @@ from host_qemu_side.monitor.dispatch import Command, Param
 from host_qemu_side.monitor.framing import QmpError
 from host_qemu_side.monitor.host import IDLE, Host, OwnGuest
 from host_qemu_side.runner import MigrationRunner, RunnerPhase
-from vring import bitmap
 from vring.dirty.software import SoftwareDirtyLog
 from vring.errors import MissingFacility, PeerVanished, UsageError, VirtioError
 from vring.memory import PAGE_SIZE
@@ -194,7 +193,7 @@ class MigrationCommands:
         migration, pages = self._runner.migration, result.pages()
         left = 0
         if self.status != "completed" and migration.ram is not None:
-            left = int(bitmap.count(migration.ram.to_send)) * PAGE_SIZE
+            left = len(migration.ram.to_send) * PAGE_SIZE
         seconds = sum(r.seconds for r in result.rounds)
         return {
             "transferred": result.bytes_sent,
@@ -245,7 +244,7 @@ class MigrationCommands:
     def _start(self, output: SocketOutput | FileOutput) -> MigrationRunner:
         guest, host = self._guest(), self._host
         memory = host.memory()
-        if self._device_log is None or self._device_log.pages != memory.page_span:
+        if self._device_log is None or self._device_log.layout != memory.page_layout:
             self._device_log = host.device.dirty_log = SoftwareDirtyLog.for_memory(memory)
         return MigrationRunner(
             host.device,

@@ -11,15 +11,16 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 import numpy.typing as npt
 
-from vring.bitmap import Bitmap
+from vring.memory import GuestMemory
+from vring.pages import PageSet
 
-__all__ = ["Bitmap", "DirtyLog", "DirtyLogVoid", "LearnsWhatWasSent"]
+__all__ = ["CoversMemory", "DirtyLog", "DirtyLogVoid", "LearnsWhatWasSent", "check_covers"]
 
 
 class DirtyLogVoid(Exception):
     """The log found that it may have missed writes since the last sync.
 
-    Raised by `DirtyLog.sync` *after* it did what it could: pages found written are in the bitmap and tracking goes on.
+    Raised by `DirtyLog.sync` *after* it did what it could: pages found written are in the set and tracking goes on.
     Whoever skipped pages because of hints must send all of them again. The text says what happened.
     """
 
@@ -47,8 +48,9 @@ class DirtyLog(Protocol):
             If this log cannot be trusted on this machine or for this memory; the message says why.
         """
 
-    def sync(self, into: Bitmap) -> int:
-        """Or the pages written since `start` or the last sync into `into`; return how many there were.
+    def sync(self, into: PageSet) -> int:
+        """Add the pages written since `start` or the last sync to `into`, which has the memory's layout; return how
+        many there were.
 
         Raises
         ------
@@ -67,5 +69,25 @@ class LearnsWhatWasSent(Protocol):
     def note_sent(self, pages: npt.NDArray[np.uint64], data: Any = None) -> None:
         """Learn that these pages were sent with these bytes (None: as zero pages)."""
 
-    def note_hinted(self, pages: Bitmap) -> None:
+    def note_hinted(self, pages: PageSet) -> None:
         """Learn that these pages were skipped because of hints."""
+
+
+@runtime_checkable
+class CoversMemory(Protocol):
+    """A log that can tell whether it sees all writes to a memory."""
+
+    def check_memory(self, memory: GuestMemory) -> None:
+        """Raise `UsageError` if it is of other memory than this, or of only a part of it."""
+
+
+def check_covers(log: DirtyLog, memory: GuestMemory) -> None:
+    """Refuse a log that says it does not cover all of `memory`; one that cannot tell is believed.
+
+    Raises
+    ------
+    UsageError
+        If it does not.
+    """
+    if isinstance(log, CoversMemory):
+        log.check_memory(memory)

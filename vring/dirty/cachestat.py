@@ -14,10 +14,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from vring import bitmap
 from vring._vring import ffi, lib
-from vring.dirty import Bitmap, DirtyLogVoid
+from vring.contents import digests_of, populated
+from vring.dirty import DirtyLogVoid
 from vring.errors import MissingFacility, UsageError
 from vring.memory import PAGE_SHIFT, PAGE_SIZE, GuestMemory
+from vring.pages import PageSet
 
 __all__ = ["CachestatLog", "CachestatRound"]
 
@@ -93,7 +96,7 @@ class CachestatLog:
         if canary_pages < 1:
             raise UsageError(f"one canary in {canary_pages} pages is not possible")
         self._memory = memory
-        self._span = memory.page_span
+        self._layout = memory.page_layout
         self._canary_pages = canary_pages
         self._running = False
         self._canaries: list[npt.NDArray[np.uint64]] = []
@@ -135,48 +138,49 @@ class CachestatLog:
         self._check_files()
         for i in range(len(self._memory.regions)):
             self._probe(i)
-        self._digest = self._digests(self._present())
-        self._sent = np.zeros(self._span, dtype=np.uint64)
-        self._sent_known = np.zeros(self._span, dtype=bool)
-        self._hinted = np.zeros(self._span, dtype=bool)
+        self._digest = digests_of(self._memory)
+        self._sent = np.zeros(self._layout.count, dtype=np.uint64)
+        self._sent_known = np.zeros(self._layout.count, dtype=bool)
+        self._hinted = np.zeros(self._layout.count, dtype=bool)
         self._clean()
         self._running = True
 
-    def sync(self, into: Bitmap) -> int:
-        """Or the pages written since the last sync into `into`; return how many. The guest must be frozen.
+    def sync(self, into: PageSet) -> int:
+        """Add the pages written since the last sync to `into`; return how many. The guest must be frozen.
 
         Parameters
         ----------
         into
-            Bitmap of at least `GuestMemory.page_span` bits.
+            A set of pages of this memory.
 
         Raises
         ------
         DirtyLogVoid
             If somebody else's writeback was noticed.
         UsageError
-            If the log was not started, or `into` is too short.
+            If the log was not started, or `into` is of other memory.
         OSError
             If the file cannot be asked or written back; pages found are in `into`.
         """
         if not self._running:
             raise UsageError("the cachestat log was not started")
-        if into.size * 64 < self._span:
-            raise UsageError(f"a bitmap of {into.size * 64} bits for memory of {self._span} pages")
+        if into.layout != self._layout:
+            raise UsageError(f"a set of {into.layout!r} for memory of {self._layout!r}")
         began = time.perf_counter()
         fetched = self._fetch()
         lost, canaries = self._canaries_lost()
         scanned = time.perf_counter()
-        now = self._digests(self._present())
+        now = digests_of(self._memory)
         changed = now != self._digest
         same_as_sent = self._sent_known & (now == self._sent)
         report = fetched | changed | (self._sent_known & ~self._hinted & ~same_as_sent)
         if lost:
-            report |= self._ram()
+            report[:] = True
         dropped = int((report & same_as_sent).sum())
         report &= ~same_as_sent
         self._digest = now
-        count = self._merge(report, into)
+        into.set_bools(report)
+        count = int(report.sum())
         compared = time.perf_counter()
         hidden = int((changed & ~fetched).sum())
         self._clean()
@@ -209,10 +213,10 @@ class CachestatLog:
 
     # -- what the migration tells -------------------------------------------------------------------------------------
 
-    def note_hinted(self, pages: Bitmap) -> None:
+    def note_hinted(self, pages: PageSet) -> None:
         """Add pages that a hint made the migration skip (their dirty bit was cleared, they were not sent)."""
         if self._running:
-            self._hinted |= self._unpack(pages)
+            self._hinted |= pages.to_bools()
 
     def note_sent(self, pages: npt.NDArray[np.uint64], data: Any = None) -> None:
         """Tell which content the destination now has.
@@ -232,19 +236,18 @@ class CachestatLog:
         """
         if not self._running or not len(pages):
             return
-        if int(pages.max()) >= self._span:
-            raise UsageError(f"page {int(pages.max()):#x} is outside of memory ({self._memory.describe()})")
+        slots = self._layout.slots(pages)
         if data is None:
-            self._sent[pages] = 0
+            self._sent[slots] = 0
         else:
             buffer = np.frombuffer(data, dtype=np.uint8)
             if buffer.size != len(pages) * PAGE_SIZE:
                 raise UsageError(f"{buffer.size} bytes for {len(pages)} pages")
             digests = np.empty(len(pages), dtype=np.uint64)
             lib.dirty_digest_pages(ffi.cast("uint8_t *", buffer.ctypes.data), len(pages), ffi.NULL, 0, _words(digests))
-            self._sent[pages] = digests
-        self._sent_known[pages] = True
-        self._hinted[pages] = False
+            self._sent[slots] = digests
+        self._sent_known[slots] = True
+        self._hinted[slots] = False
 
     # -- parts --------------------------------------------------------------------------------------------------------
 
@@ -274,9 +277,10 @@ class CachestatLog:
     def _probe(self, index: int) -> None:
         """Dirty one page of the region, clean it, dirty it again, and see each time what the kernel says."""
         region, array = self._memory.regions[index], self._memory.arrays[index]
-        present = np.zeros((self._span + 63) // 64, dtype=np.uint64)
-        _check(lib.dirty_present_scan(region.fd, region.offset, region.size, region.gpa >> PAGE_SHIFT, _words(present)))
-        page = max(0, int(np.argmax(self._unpack(present))) - (region.gpa >> PAGE_SHIFT))
+        pages = region.size >> PAGE_SHIFT
+        present = bitmap.empty(pages)
+        _check(lib.dirty_present_scan(region.fd, region.offset, region.size, 0, _words(present)))
+        page = int(np.argmax(bitmap.to_bools(present, pages)))
         at = region.offset + page * PAGE_SIZE
         scratch = np.zeros(1, dtype=np.uint64)
         for again in (False, True):
@@ -300,32 +304,11 @@ class CachestatLog:
                 )
 
     def _fetch(self) -> _Bools:
-        found = np.zeros((self._span + 63) // 64, dtype=np.uint64)
+        found = PageSet(self._layout)
         for region in self._memory.regions:
-            first = region.gpa >> PAGE_SHIFT
-            _check(lib.dirty_cachestat_scan(region.fd, region.offset, region.size, first, _words(found)))
-        return self._unpack(found)
-
-    def _present(self) -> npt.NDArray[np.uint64]:
-        found = np.zeros((self._span + 63) // 64, dtype=np.uint64)
-        for region in self._memory.regions:
-            first = region.gpa >> PAGE_SHIFT
-            _check(lib.dirty_present_scan(region.fd, region.offset, region.size, first, _words(found)))
-        return found
-
-    def _digests(self, present: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
-        digests = np.zeros(self._span, dtype=np.uint64)
-        for region, array in zip(self._memory.regions, self._memory.arrays, strict=True):
-            first, n = region.gpa >> PAGE_SHIFT, region.size >> PAGE_SHIFT
-            base = ffi.cast("uint8_t *", array.ctypes.data)
-            lib.dirty_digest_pages(base, n, _words(present), first, _words(digests[first : first + n]))
-        return digests
-
-    def _ram(self) -> _Bools:
-        ram = np.zeros(self._span, dtype=bool)
-        for region in self._memory.regions:
-            ram[region.gpa >> PAGE_SHIFT : region.end >> PAGE_SHIFT] = True
-        return ram
+            slot = self._layout.slot(region.gpa >> PAGE_SHIFT, region.size >> PAGE_SHIFT)
+            _check(lib.dirty_cachestat_scan(region.fd, region.offset, region.size, slot, _words(found.words)))
+        return found.to_bools()
 
     def _clean(self) -> None:
         """Write dirty pages back, then dirty one page per MiB."""
@@ -334,10 +317,11 @@ class CachestatLog:
         if not self._cleaned:
             # ext4 throws pages away that it finds no block for. Left dirty, they are only reported once more.
             return
-        present = self._unpack(self._present())
+        present = populated(self._memory).to_bools()
         for region, array in zip(self._memory.regions, self._memory.arrays, strict=True):
             _check(lib.dirty_file_clean(region.fd, region.offset, region.size))
-            first, n = region.gpa >> PAGE_SHIFT, region.size >> PAGE_SHIFT
+            n = region.size >> PAGE_SHIFT
+            first = self._layout.slot(region.gpa >> PAGE_SHIFT, n)
             # Best is a page that holds data and was not hinted: for a hinted one "dirty" has to be believed.
             score = np.zeros(-(-n // self._canary_pages) * self._canary_pages, dtype=np.uint8)
             score[:n] = present[first : first + n]
@@ -355,15 +339,6 @@ class CachestatLog:
             lost += _check(lib.dirty_cachestat_lost(region.fd, _words(offsets), len(offsets)))
             total += len(offsets)
         return lost, total
-
-    def _unpack(self, bitmap: Bitmap) -> _Bools:
-        bits = np.unpackbits(bitmap.view(np.uint8), bitorder="little", count=self._span)
-        return bits.view(np.bool_)
-
-    def _merge(self, pages: _Bools, into: Bitmap) -> int:
-        packed = np.packbits(pages, bitorder="little")
-        into.view(np.uint8)[: packed.size] |= packed
-        return int(pages.sum())
 
 
 def _words(array: npt.NDArray[np.uint64]) -> Any:

@@ -7,10 +7,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from vring import bitmap
-from vring.bitmap import Bitmap
-from vring.dirty import DirtyLog, DirtyLogVoid, LearnsWhatWasSent
-from vring.memory import PAGE_SHIFT
+from vring.dirty import DirtyLog, DirtyLogVoid, LearnsWhatWasSent, check_covers
+from vring.memory import PAGE_SHIFT, GuestMemory
+from vring.pages import PageSet
 
 __all__ = ["CombinedLog"]
 
@@ -36,15 +35,20 @@ class CombinedLog:
         self.hints_safe = all(part.hints_safe for part in logs)
         self.needs_frozen_guest = any(part.needs_frozen_guest for part in logs)
 
+    def check_memory(self, memory: GuestMemory) -> None:
+        """Raise `UsageError` if one of the logs does not cover all of `memory`."""
+        for part in self._logs:
+            check_covers(part, memory)
+
     def start(self) -> None:
         """Begin to track in every log."""
         for part in self._logs:
             part.start()
 
-    def sync(self, into: Bitmap) -> int:
-        """Or what all logs found into `into`; return the sum of what each found."""
+    def sync(self, into: PageSet) -> int:
+        """Add what all logs found to `into`; return the sum of what each found."""
         for first, pages in self._always:
-            bitmap.set_run(into, first, pages)
+            into.set_run(first, pages)
         found = 0
         voided = []
         for part in self._logs:  # one that is void keeps none of the others from being read
@@ -61,7 +65,7 @@ class CombinedLog:
         for part in self._learners:
             part.note_sent(pages, data)
 
-    def note_hinted(self, pages: Bitmap) -> None:
+    def note_hinted(self, pages: PageSet) -> None:
         """Pass on what was skipped."""
         for part in self._learners:
             part.note_hinted(pages)

@@ -8,9 +8,9 @@ import numpy as np
 import numpy.typing as npt
 
 from vring import bitmap
-from vring.bitmap import Bitmap
 from vring.contents import digests_of
 from vring.memory import PAGE_SHIFT, GuestMemory
+from vring.pages import PageSet
 
 __all__ = ["DigestLog"]
 
@@ -42,29 +42,28 @@ class DigestLog:
 
     def start(self) -> None:
         """Forget what was sent."""
-        self._sent = np.zeros(self._memory.page_span, np.uint64)
+        self._sent = np.zeros(self._memory.page_layout.count, np.uint64)
 
-    def sync(self, into: Bitmap) -> int:
-        """Or the pages whose content is not what was sent into `into`."""
-        digests = digests_of(self._memory)
-        changed = digests != self._sent
-        packed = np.packbits(changed, bitorder="little")
-        into.view(np.uint8)[: packed.size] |= packed
+    def sync(self, into: PageSet) -> int:
+        """Add the pages whose content is not what was sent to `into`."""
+        changed = digests_of(self._memory) != self._sent
+        into.set_bools(changed)
         return int(changed.sum())
 
     def note_sent(self, pages: npt.NDArray[np.uint64], data: Any = None) -> None:
         """Learn that these pages were sent with these bytes (None: as zero pages)."""
         if not len(pages) or not len(self._sent):
             return
+        slots = self._memory.page_layout.slots(pages)
         if data is None:
-            self._sent[pages] = 0
+            self._sent[slots] = 0
             return
         buffer = np.frombuffer(data, dtype=np.uint8)
         digests = np.zeros(len(pages), np.uint64)
         bitmap.digest_pages(int(buffer.ctypes.data), buffer.size >> PAGE_SHIFT, digests)
-        self._sent[pages] = digests
+        self._sent[slots] = digests
 
-    def note_hinted(self, pages: Bitmap) -> None:
+    def note_hinted(self, pages: PageSet) -> None:
         """Nothing is skipped with this log."""
 
     def stop(self) -> None:

@@ -16,7 +16,8 @@ from vring import bitmap
 from vring._vring import lib
 from vring.bitmap import Bitmap
 from vring.errors import UsageError
-from vring.memory import GuestMemory
+from vring.memory import PAGE_SHIFT, GuestMemory
+from vring.pages import PageLayout, PageSet, byte_ranges
 
 __all__ = ["SoftwareDirtyLog"]
 
@@ -27,7 +28,8 @@ class SoftwareDirtyLog:
     Parameters
     ----------
     pages
-        Length of the bitmap: `GuestMemory.page_span` of the memory it is for.
+        The pages it is for: `GuestMemory.page_layout`; or a number, for page numbers 0, 1, ... (holes of the memory
+        counted), where a writer in C marks the bit of a page's number.
     fd
         A memory object of at least ``bytes_for(pages)`` bytes to share the log between processes; without one the log
         is private to this process. The descriptor is not kept.
@@ -42,8 +44,10 @@ class SoftwareDirtyLog:
     needs_frozen_guest = False
     hints_safe = True
 
-    def __init__(self, pages: int, fd: int | None = None) -> None:
-        self.pages = pages
+    def __init__(self, pages: int | PageLayout, fd: int | None = None) -> None:
+        self.layout = pages if isinstance(pages, PageLayout) else PageLayout(pages)
+        """The pages it has a bit for."""
+        pages = self.layout.count
         size = self.bytes_for(pages)
         if fd is not None and os.fstat(fd).st_size < size:
             raise UsageError(
@@ -55,13 +59,13 @@ class SoftwareDirtyLog:
 
     @property
     def bits(self) -> Bitmap:
-        """The log itself, for a writer that marks it in C (with release order, as `mark`)."""
+        """The log itself, bits by slot, for a writer that marks it in C (with release order, as `mark`)."""
         return self._log
 
     @classmethod
     def for_memory(cls, memory: GuestMemory) -> SoftwareDirtyLog:
-        """Return a private log as long as `memory`."""
-        return cls(memory.page_span)
+        """Return a private log for all pages of `memory`, and no others."""
+        return cls(memory.page_layout)
 
     @staticmethod
     def bytes_for(pages: int) -> int:
@@ -81,11 +85,9 @@ class SoftwareDirtyLog:
         Raises
         ------
         UsageError
-            If they are not all inside the log.
+            If they are not all pages that the log is for.
         """
-        if first < 0 or first + pages > self.pages:
-            raise UsageError(f"pages {first}..{first + pages} are outside a dirty log of {self.pages} pages")
-        lib.dirty_log_mark(self._words, first, pages)
+        lib.dirty_log_mark(self._words, self.layout.slot(first, pages), pages)
 
     def mark_range(self, gpa: int, length: int) -> None:
         """Log all pages that a range of bytes touches, as `mark`.
@@ -100,25 +102,52 @@ class SoftwareDirtyLog:
         Raises
         ------
         UsageError
-            If they are not all inside the log.
+            If they are not all inside pages that the log is for.
         """
         if length > 0:
-            self.mark(gpa >> 12, ((gpa + length - 1) >> 12) - (gpa >> 12) + 1)
+            self.mark(gpa >> PAGE_SHIFT, ((gpa + length - 1) >> PAGE_SHIFT) - (gpa >> PAGE_SHIFT) + 1)
 
     def mark_ranges(self, addr: npt.NDArray[np.uint64], length: npt.NDArray[np.uint64]) -> None:
-        """Log all pages that the byte ranges ``addr[i], length[i]`` touch; what is outside the log is left out."""
-        a, n = np.ascontiguousarray(addr, dtype=np.uint64), np.ascontiguousarray(length, dtype=np.uint64)
-        lib.dirty_log_mark_ranges(self._words, self.pages, bitmap.words(a), bitmap.words(n), a.size)
+        """Log all pages that the byte ranges ``addr[i], length[i]`` touch, as far as the log is for them."""
+        lib.dirty_log_mark_ranges(self._words, self.layout.c_table, *byte_ranges(addr, length))
+
+    def check_memory(self, memory: GuestMemory) -> None:
+        """Raise `UsageError` if the log has no bit for a page of `memory`."""
+        if not self.layout.covers(memory.page_layout):
+            raise UsageError(
+                f"a dirty log for {self.layout!r} does not cover all of memory ({memory.describe()}): "
+                "make it with SoftwareDirtyLog.for_memory"
+            )
 
     def start(self) -> None:
         """Forget what was marked so far."""
-        self.sync(bitmap.empty(self.pages))  # by name: a C pointer alone would not keep it alive
+        self.sync(PageSet(self.layout))
 
-    def sync(self, into: Bitmap) -> int:
-        """Or the pages marked since the last sync into `into` and clear them; return how many there were."""
-        if into.size * 64 < self.pages:
-            raise UsageError(f"bitmap of {into.size * 64} pages for a dirty log of {self.pages}")
-        return int(lib.dirty_log_fetch(self._words, bitmap.words(into), self.pages))
+    def sync(self, into: PageSet) -> int:
+        """Add the pages marked since the last sync to `into` and clear them; return how many there were.
+
+        Raises
+        ------
+        UsageError
+            If `into` is of other memory, or pages were marked that this memory has not: whoever marks counts them
+            from another address than 0.
+        """
+        if into.layout != self.layout:
+            return self._sync_to_other(into)
+        return int(lib.dirty_log_fetch(self._words, bitmap.words(into.words), self.layout.count))
+
+    def _sync_to_other(self, into: PageSet) -> int:
+        """As `sync`, where the log has bits for more pages than there are."""
+        if not self.layout.covers(into.layout):
+            raise UsageError(f"a dirty log for {self.layout!r} cannot be fetched into a set of {into.layout!r}")
+        marked = PageSet(self.layout)
+        self.sync(marked)
+        here = marked.within(into.layout)
+        into |= here
+        if len(here) != len(marked):
+            outside = (marked - here.within(self.layout)).numbers()
+            raise UsageError(f"{len(outside)} pages were marked as written that are no RAM, the first {outside[0]:#x}")
+        return len(here)
 
     def stop(self) -> None:
         """Nothing to give back: the log may be marked and synced again."""

@@ -19,9 +19,9 @@ from dataclasses import dataclass
 from vring import bitmap
 from vring._vring import lib
 from vring.backing import close_with
-from vring.bitmap import Bitmap
 from vring.errors import MissingFacility, UsageError
 from vring.memory import PAGE_SHIFT, PAGE_SIZE, GuestMemory
+from vring.pages import PageLayout, PageSet
 
 __all__ = ["TrackedRange", "WpAsyncDirtyLog", "WriteProtection", "probe"]
 
@@ -85,23 +85,23 @@ class WpAsyncDirtyLog:
         The process that made a `WriteProtection`; its pagemap must be readable (same user).
     ranges
         Its mappings.
-    pages
-        Length of the bitmaps given to `sync`.
+    layout
+        The pages of guest memory.
     """
 
     name = "wp-async"
     needs_frozen_guest = False
     hints_safe = True
 
-    def __init__(self, pid: int, ranges: Sequence[TrackedRange], pages: int) -> None:
-        self.pages = pages
+    def __init__(self, pid: int, ranges: Sequence[TrackedRange], layout: PageLayout) -> None:
+        self.layout = layout
         self._ranges = list(ranges)
         for r in self._ranges:
             said = f"dirty log wp-async: process {pid} tracks {r.gpa:#x}+{r.size:#x}"
-            if not 0 <= r.gpa <= r.gpa + r.size <= pages << PAGE_SHIFT or not 0 <= r.address < 1 << 64:
-                raise MissingFacility(f"{said}, outside guest memory")
-            if (r.gpa | r.size | r.address) & PAGE_SIZE - 1:
+            if not 0 <= r.address < 1 << 64 or (r.gpa | r.size | r.address) & PAGE_SIZE - 1:
                 raise MissingFacility(f"{said} at {r.address:#x}, which is not made of whole pages")
+            if r.size <= 0 or not layout.has(r.gpa >> PAGE_SHIFT, r.size >> PAGE_SHIFT):
+                raise MissingFacility(f"{said}, outside guest memory")
         try:
             self._pagemap = os.open(f"/proc/{pid}/pagemap", os.O_RDONLY | os.O_CLOEXEC)
         except OSError as error:
@@ -110,25 +110,29 @@ class WpAsyncDirtyLog:
             ) from error
         self._close_pagemap = close_with(self, (self._pagemap,))
 
+    def check_memory(self, memory: GuestMemory) -> None:
+        """Raise `UsageError` if the process tracks only a part of `memory`."""
+        if not PageLayout((r.gpa >> PAGE_SHIFT, r.size >> PAGE_SHIFT) for r in self._ranges).covers(memory.page_layout):
+            raise UsageError(f"dirty log wp-async: the process does not track all of memory ({memory.describe()})")
+
     def start(self) -> None:
         """Forget what was written so far (the first scan also reports pages that were never populated)."""
-        self.sync(bitmap.empty(self.pages))
+        self.sync(PageSet(self.layout))
 
-    def sync(self, into: Bitmap) -> int:
-        """Or the pages written since the last sync into `into` and re-protect them, in one step per page.
+    def sync(self, into: PageSet) -> int:
+        """Add the pages written since the last sync to `into` and re-protect them, in one step per page.
 
         Raises
         ------
         UsageError
-            If `into` is too short.
+            If `into` lacks a page that is tracked.
         MissingFacility
             If the pages cannot be scanned; what was written then is lost to this log.
         """
-        if into.size * 64 < self.pages:
-            raise UsageError(f"bitmap of {into.size * 64} pages for a dirty log of {self.pages}")
         written = 0
-        for r in self._ranges:
-            n = lib.dirty_pagemap_scan(self._pagemap, r.address, r.size, r.gpa >> PAGE_SHIFT, bitmap.words(into))
+        slots = [into.layout.slot(r.gpa >> PAGE_SHIFT, r.size >> PAGE_SHIFT) for r in self._ranges]
+        for r, slot in zip(self._ranges, slots, strict=True):
+            n = lib.dirty_pagemap_scan(self._pagemap, r.address, r.size, slot, bitmap.words(into.words))
             if n < 0:
                 raise MissingFacility(
                     f"dirty log wp-async: PAGEMAP_SCAN: {os.strerror(-n)} (is the process gone?); {_NEEDS}"
@@ -153,16 +157,15 @@ def probe() -> None:
     with GuestMemory.create(16 * mmap.PAGESIZE, name="wp-async-probe") as memory:
         memory.write(0, b"\x01" * memory.size)
         protection = WriteProtection(memory)
-        log = WpAsyncDirtyLog(os.getpid(), protection.ranges, memory.page_span)
+        log = WpAsyncDirtyLog(os.getpid(), protection.ranges, memory.page_layout)
         try:
             log.start()
             memory.write(5 << PAGE_SHIFT, b"\x01")
-            seen = bitmap.empty(memory.page_span)
+            seen = PageSet(memory.page_layout)
             log.sync(seen)
-            again = bitmap.empty(memory.page_span)
+            again = PageSet(memory.page_layout)
             log.sync(again)
-            if bitmap.pages_of(seen).tolist() != [5] or bitmap.count(again):
-                found = bitmap.pages_of(seen).tolist()
+            if (found := seen.numbers().tolist()) != [5] or again:
                 raise MissingFacility(f"dirty log wp-async: page 5 was written, the scan reports {found}; {_NEEDS}")
         finally:
             log.stop()
