@@ -12,6 +12,7 @@ from balloon_dev.device import BalloonDevice
 from balloon_dev.features import RING_FEATURES, BalloonFeature, QueueRole
 from balloon_dev.profiles import LINUX
 from host_qemu_side.loop import Loop
+from host_qemu_side.serve import Server
 from host_qemu_side.vhost_user import VhostUserBackend
 from vring import vhost_user as vu
 from vring.memory import GuestMemory
@@ -28,31 +29,53 @@ BIT_30 = vu.F_PROTOCOL_FEATURES
 
 
 class Front:
-    """Speaks as a front end, one message at a time; `put` is the driver's part."""
+    """Speaks as a front end, one message at a time; `put` is the driver's part.
 
-    def __init__(self, features: int = FEATURES, *, size: int = 256) -> None:
+    It has a device and a back end of its own, or is the front end of a server, which is not closed with it.
+    """
+
+    def __init__(self, features: int = FEATURES, *, size: int = 256, server: Server | None = None) -> None:
         self.features, self.size = features, size
         self.memory = GuestMemory.create(((0, 1 << 20),))
-        self.loop = Loop()
-        self.device = BalloonDevice(features, profile=LINUX)
-        self.backend = VhostUserBackend(self.device, self.loop)
+        self.server = server
+        self.loop = Loop() if server is None else server.loop
+        self.device = BalloonDevice(features, profile=LINUX) if server is None else server.device
+        self.backend = VhostUserBackend(self.device, self.loop) if server is None else server.backend
         self.socket, theirs = socket.socketpair()
         self.socket.settimeout(5.0)
         self.backend.serve(theirs)
+        self.channel: socket.socket | None = None
         self.at = [RINGS + index * APART for index in range(5)]
         """Where the driver has its rings."""
         self.kicks = [os.eventfd(0, os.EFD_NONBLOCK) for _ in range(5)]
         self.calls = [os.eventfd(0, os.EFD_NONBLOCK) for _ in range(5)]
 
     def close(self) -> None:
-        self.backend.close()
         self.socket.close()
-        self.loop.close()
+        if self.server is None:
+            self.backend.close()
+            self.loop.close()
         self.memory.close()
+        if self.channel is not None:
+            self.channel.close()
         for fd in (*self.kicks, *self.calls):
             os.close(fd)
 
     # -- messages -------------------------------------------------------------------------------------------------
+
+    def open_channel(self) -> None:
+        """Give the back end a channel for requests of its own; `told` reads it."""
+        self.channel, theirs = socket.socketpair()
+        self.channel.setblocking(False)
+        with theirs:
+            self.say(Request.SET_BACKEND_REQ_FD, fds=(theirs.fileno(),))
+
+    def told(self) -> int:
+        """How often a config change was told since the last time."""
+        assert self.channel is not None
+        with contextlib.suppress(BlockingIOError):
+            return self.channel.recv(4096).count(vu.pack_message(vu.BackendRequest.CONFIG_CHANGE))
+        return 0
 
     def say(self, request: Request, payload: bytes = b"", fds: Sequence[int] = ()) -> None:
         socket.send_fds(self.socket, [vu.pack_message(request, payload)], list(fds))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import socket
 from collections.abc import Iterator
 
 import pytest
@@ -14,7 +13,6 @@ from balloon_dev.device import SUPPORTED_FEATURES
 from balloon_dev.features import BalloonFeature
 from balloon_dev.hinting import HintState
 from vring import vhost_user as vu
-from vring.vhost_user import BackendRequest, Request
 
 FEATURES = SUPPORTED_FEATURES & ~int(BalloonFeature.MUST_TELL_HOST)
 POISON = b"\xaa" * 4
@@ -27,17 +25,11 @@ class Guest(Front):
     def __init__(self, config: int = 4) -> None:
         super().__init__(FEATURES)
         self.config = config
-        self.mine, theirs = vu_pair()
-        self.say(Request.SET_BACKEND_REQ_FD, fds=(theirs.fileno(),))
-        theirs.close()
+        self.open_channel()
         self.shown = bytearray(self.get_config(0, 16))
         """QEMU's copy of the config space, which is as old as the guest's last read."""
         self.discarded: list[int] = []
         self.device.discard = lambda addr, length: self.discarded.extend(addr.tolist())
-
-    def close(self) -> None:
-        super().close()
-        self.mine.close()
 
     def write_config(self, offset: int, data: bytes) -> None:
         """The driver writes one field; QEMU sends it alone, or with all that it remembers."""
@@ -46,13 +38,6 @@ class Guest(Front):
         else:
             self.shown[offset : offset + 4] = data
             self.set_config(0, bytes(self.shown))
-
-    def told(self) -> int:
-        """How often a config change was told since the last time."""
-        try:
-            return self.mine.recv(4096).count(vu.pack_message(BackendRequest.CONFIG_CHANGE))
-        except BlockingIOError:
-            return 0
 
     def boot(self, at: int = RINGS) -> None:
         """A driver begins: poison_val first, then, at DRIVER_OK, all else."""
@@ -90,12 +75,6 @@ class Guest(Front):
 
 LIVING = (2, 2, "START", {"stat-free-memory": 77}, POISON)
 FRESH = (0, 0, "STOP", {}, POISON)
-
-
-def vu_pair() -> tuple[socket.socket, socket.socket]:
-    mine, theirs = socket.socketpair()
-    mine.setblocking(False)
-    return mine, theirs
 
 
 @pytest.fixture(params=[4, 16], ids=["4-byte config", "16-byte config"])
