@@ -21,6 +21,7 @@ from host_qemu_side.migration.stream import StreamError
 from host_qemu_side.saved import SavedGuest, resume_arguments
 from vring.contents import digests_in_order
 from vring.errors import PeerVanished, UsageError, VirtioError, quoted
+from vring.peer import survive_lost_memory
 
 __all__ = ["ReceiveOptions", "receive_guest"]
 
@@ -86,6 +87,7 @@ def receive_guest(options: ReceiveOptions, say: Callable[[str], None] = lambda t
     """
     if options.die_with_parent:
         bind_to_parent()
+    survive_lost_memory()
     with _Interrupts() as interrupts:
         receiver = Receiver(on_header=_look_at_header(options), inspect=_inspect(options))
         source = accept(

@@ -24,6 +24,7 @@ from balloon_dev.features import BalloonFeature, parse_features
 from balloon_dev.profiles import profile_named
 from host_qemu_side.loop import Loop
 from host_qemu_side.serve import ServeOptions, Server
+from vring.peer import survive_lost_memory
 from vring.unix_socket import socket_path
 
 __all__ = ["FEATURES", "serve"]
@@ -152,6 +153,7 @@ def serve(ctx: click.Context, /, **options: Any) -> None:
         guest_arguments=arguments,
         resume=resume,
     )
+    survive_lost_memory()
     with (
         Server(serve_options, _teller(options["json_log"], options["quiet"])) as server,
         stop_on_signal(server.loop) as asked,

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import selectors
+import socket
 import time
+from collections import deque
 from collections.abc import Callable
 
 from vring.backing import close_with
 from vring.errors import PeerVanished
+from vring.unix_socket import UnixListener
 
 __all__ = ["Loop"]
 
+log = logging.getLogger(__name__)
+ACCEPT_AGAIN = 0.2
+"""Seconds until connections are accepted again that there was no room for."""
 READ = selectors.EVENT_READ
 WRITE = selectors.EVENT_WRITE
 
@@ -21,7 +28,8 @@ class Loop:
 
     def __init__(self) -> None:
         self._selector = selectors.DefaultSelector()
-        self._soon: list[Callable[[], None]] = []
+        self._soon: deque[Callable[[], None]] = deque()
+        self._later: list[tuple[float, Callable[[], None]]] = []
         self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._close_wake = close_with(self, (self._wake,))
         self._selector.register(self._wake, READ, self._run_soon)
@@ -50,9 +58,55 @@ class Loop:
 
     def _run_soon(self) -> None:
         os.eventfd_read(self._wake)
-        callbacks, self._soon = self._soon, []
-        for callback in callbacks:
+        left = len(self._soon)
+        try:
+            while left:
+                left -= 1
+                self._soon.popleft()()
+        finally:
+            if left:  # one raised: those after it have their turn
+                os.eventfd_write(self._wake, 1)
+
+    def later(self, seconds: float, callback: Callable[[], None]) -> None:
+        """Call `callback` once, when `seconds` have passed and the loop is served."""
+        self._later.append((time.monotonic() + seconds, callback))
+
+    def _run_later(self) -> None:
+        now = time.monotonic()
+        due = [callback for when, callback in self._later if when <= now]
+        self._later = [(when, callback) for when, callback in self._later if when > now]
+        for callback in due:
             callback()
+
+    def listen(self, listener: UnixListener, take: Callable[[socket.socket], None]) -> None:
+        """Call `take` with each connection that comes, one each time round.
+
+        One that cannot be had, because this process or the system can have no more descriptors or memory, waits for
+        those that have them to end.
+        """
+        full = False
+
+        def ready() -> None:
+            nonlocal full
+            try:
+                connection = listener.accept()
+            except OSError as error:
+                if not full:
+                    log.warning("%s: connections have to wait: %s", listener.path, error.strerror)
+                full = True
+                self.unwatch(listener.fileno())
+                self.later(ACCEPT_AGAIN, again)
+            else:
+                full = False
+                if connection is not None:
+                    take(connection)
+
+        def again() -> None:
+            if listener.fileno() >= 0:
+                self.watch(listener.fileno(), ready)
+
+        listener.socket.setblocking(False)
+        again()
 
     def filenos(self) -> list[int]:
         """Return all descriptors watched, for a caller with a wait of its own."""
@@ -60,10 +114,14 @@ class Loop:
 
     def run_once(self, timeout: float = 0.0) -> None:
         """Serve what is ready, waiting for at most `timeout` seconds for something to become so."""
+        if self._later:
+            timeout = min(timeout, min(when for when, _ in self._later) - time.monotonic())
         for key, _ in self._selector.select(max(timeout, 0.0)):
             # A callback before this one may have ended the watch.
             if key.fd in self._selector.get_map() and self._selector.get_map()[key.fd].data is key.data:
                 key.data()
+        if self._later:
+            self._run_later()
         if self.tick is not None:
             self.tick()
 

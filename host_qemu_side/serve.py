@@ -157,6 +157,7 @@ class Server:
         self._tell("front-end-gone", {"why": why})
 
     def _notice(self) -> None:
+        self.backend.check_memory()
         if self.device.negotiated != self._negotiated:
             self._negotiated = self.device.negotiated
             if self._negotiated:

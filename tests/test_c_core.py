@@ -43,5 +43,5 @@ def test_c_core_with_another_c_library() -> None:
 
 def test_every_room_of_the_core_has_a_test() -> None:
     texts = [path.read_text() for path in (ROOT / "csrc/tests").glob("*.c")]
-    for room in ("vring", "dirty", "page_alloc"):
+    for room in ("vring", "dirty", "page_alloc", "peer"):
         assert any(f'#include "{room}/' in text for text in texts), room

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import enum
+import fcntl
 import mmap
 import os
 import weakref
@@ -25,6 +26,7 @@ __all__ = [
     "close_with",
     "describe_fd",
     "huge_page_counts",
+    "keep_size",
     "make_memfd",
     "no_huge_pages",
 ]
@@ -138,9 +140,14 @@ def make_memfd(name: str, page_size: int = PAGE_SIZE) -> int:
     """
     if page_size < PAGE_SIZE or page_size & (page_size - 1):
         raise UsageError(f"page size {page_size}: it must be a power of two of at least {PAGE_SIZE} bytes")
-    flags = os.MFD_CLOEXEC
+    flags = os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING
     if page_size > HOST_PAGE_SIZE:
         if huge_page_counts(page_size) is None:
             raise no_huge_pages(page_size, page_size)
         flags |= os.MFD_HUGETLB | ((page_size.bit_length() - 1) << MFD_HUGE_SHIFT)
     return os.memfd_create(name, flags)
+
+
+def keep_size(fd: int) -> None:
+    """See that nobody who has a memory object of ours can make it shorter: an access past its end kills a process."""
+    fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK)

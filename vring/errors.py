@@ -18,6 +18,7 @@ __all__ = [
     "UsageError",
     "VirtioError",
     "quoted",
+    "reason",
 ]
 
 NAMED_WRONG = frozenset(
@@ -42,6 +43,11 @@ NAMED_WRONG = frozenset(
 def quoted(text: str, most: int = 200) -> str:
     """Return what somebody wrote, in quotes and printable, of a long text only the beginning."""
     return repr(text) if len(text) <= most else f"{text[:most]!r}... ({len(text)} characters)"
+
+
+def reason(error: BaseException) -> str:
+    """Return in words what happened; of an error that nobody foresaw, which may have no words, its class, too."""
+    return str(error) if isinstance(error, (VirtioError, OSError)) else f"{type(error).__name__}: {error}"
 
 
 class VirtioError(Exception):

@@ -18,9 +18,19 @@ import numpy as np
 import numpy.typing as npt
 
 from vring._vring import ffi, lib
-from vring.backing import HOST_PAGE_SIZE, Backing, classify, close_with, describe_fd, make_memfd, no_huge_pages
-from vring.errors import GuestAddressError, MissingFacility, UsageError
+from vring.backing import (
+    HOST_PAGE_SIZE,
+    Backing,
+    classify,
+    close_with,
+    describe_fd,
+    keep_size,
+    make_memfd,
+    no_huge_pages,
+)
+from vring.errors import GuestAddressError, MissingFacility, PeerVanished, UsageError
 from vring.pages import PAGE_SHIFT, PAGE_SIZE, PageLayout
+from vring.peer import Guard
 
 __all__ = ["ADDRESS_LIMIT", "MAX_REGIONS", "PAGE_SHIFT", "PAGE_SIZE", "Backing", "GuestMemory", "Region"]
 
@@ -118,6 +128,12 @@ def _mapped(region: Region, flags: int) -> tuple[mmap.mmap, memoryview]:
     return made, memoryview(made)[lead : lead + region.size]
 
 
+def _guard(made: mmap.mmap, region: Region) -> Guard:
+    """Guard a mapping, whole pages of it."""
+    page = region.page_size or PAGE_SIZE
+    return Guard(np.frombuffer(made, np.uint8).ctypes.data, -(-len(made) // page) * page, page)
+
+
 def _not_had(error: OSError, what: str) -> UsageError | MissingFacility:
     lacking = error.errno in (errno.ENOMEM, errno.EMFILE, errno.ENFILE, errno.ENOSPC, errno.EFBIG, errno.EAGAIN)
     return (MissingFacility if lacking else UsageError)(f"{what}: {error.strerror}")
@@ -194,6 +210,7 @@ class GuestMemory:
         self.page_layout = PageLayout((r.gpa >> PAGE_SHIFT, r.size >> PAGE_SHIFT) for r in self.regions)
         """The pages of RAM: what bookkeeping about them is sized by."""
         self._close_fds = close_with(self, ())
+        self._guards: list[Guard] = []
 
     # -- making one ---------------------------------------------------------------------------------------------
 
@@ -242,6 +259,8 @@ class GuestMemory:
                 os.ftruncate(fd, offset)
             except OSError as error:
                 raise _not_had(error, f"cannot make {offset} bytes of guest memory") from error
+            if path is None:
+                keep_size(fd)
             offset = 0
             regions = []
             for gpa, size in pairs:
@@ -308,6 +327,11 @@ class GuestMemory:
                 views.append(view)
                 mine.append(kept)
             memory = cls(mine, views)
+            memory._guards = [
+                _guard(made, region)
+                for made, region in zip(maps, mine, strict=True)
+                if region.backing is not Backing.PRIVATE_ANONYMOUS
+            ]
         except BaseException:
             for give_back in (*(view.release for view in views), *(made.close for made in maps)):
                 with contextlib.suppress(BufferError):
@@ -332,6 +356,26 @@ class GuestMemory:
     def size(self) -> int:
         """Bytes of RAM, holes not counted."""
         return sum(region.size for region in self.regions)
+
+    @property
+    def lost(self) -> bool:
+        """Whether somebody made a file behind it shorter, and that was met (`vring.peer.survive_lost_memory`).
+
+        What is in such memory is no longer the guest's: whoever used it gives up.
+        """
+        return any(guard.lost for guard in self._guards)
+
+    def check_lost(self) -> None:
+        """See that the memory is all there: before what was read from it is given away.
+
+        Raises
+        ------
+        PeerVanished
+            If it is `lost`, or a file behind it is shorter than its regions: what is missing may pass for a hole.
+        """
+        short = any(r.fd >= 0 and os.fstat(r.fd).st_size < r.offset + r.size for r in self.regions)
+        if short or self.lost:
+            raise PeerVanished("the guest's memory is lost: its file was made shorter, or its storage is full")
 
     @property
     def end(self) -> int:
@@ -443,6 +487,9 @@ class GuestMemory:
         A mapping that an array still refers to is unmapped by Python once that array is gone.
         """
         ffi.memmove(self.c_table, bytes(ffi.sizeof("struct vq_memory")), ffi.sizeof("struct vq_memory"))
+        for guard in self._guards:
+            guard.close()
+        self._guards.clear()
         self._arrays.clear()
         for view in self._views:
             view.release()

@@ -19,6 +19,7 @@ MAX_PATH = 107
 """Bytes of a path that the system takes for a socket."""
 _PATIENCE = 2.0
 _MODE = 0o600
+_NO_ROOM = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS})
 
 
 def socket_path(path: str) -> str:
@@ -117,6 +118,23 @@ class UnixListener:
     def fileno(self) -> int:
         """Return the descriptor, to wait for."""
         return self.socket.fileno()
+
+    def accept(self) -> socket.socket | None:
+        """Return the next connection, non-blocking; None if there is none, or it has ended already.
+
+        Raises
+        ------
+        OSError
+            If there is no room for another: it goes on waiting, and whoever waits for this socket is to pause.
+        """
+        try:
+            connection, _ = self.socket.accept()
+        except OSError as error:
+            if error.errno in _NO_ROOM:
+                raise
+            return None
+        connection.setblocking(False)
+        return connection
 
     def close(self) -> None:
         """Remove the name, if it is still this socket's, and close the socket."""

@@ -59,6 +59,11 @@ class RamState:
             Numbers of at most `max_pages` non-zero pages, their contents one after another, and the numbers of zero
             pages met on the way, which take no more room than those; None when the pass is over. All three are valid
             until the next call.
+
+        Raises
+        ------
+        PeerVanished
+            If the memory is lost: what was found is not the guest's.
         """
         while self._region < len(self.memory.regions):
             region = self.memory.regions[self._region]
@@ -80,6 +85,7 @@ class RamState:
                 min(max_pages * (PAGE_SIZE // self._zeros.itemsize), MAX_ZEROS),
                 self._out,
             )
+            self.memory.check_lost()
             self._cursor = self._at[0]
             n, z = self._out.n_pages, self._out.n_zeros
             if self._cursor >= end:

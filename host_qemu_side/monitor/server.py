@@ -13,6 +13,7 @@ from typing import Any
 
 from host_qemu_side.loop import READ, WRITE, Loop
 from host_qemu_side.monitor.dispatch import Dispatcher, Session
+from vring.errors import reason
 from vring.unix_socket import UnixListener
 
 __all__ = ["MonitorServer"]
@@ -73,7 +74,15 @@ class _Client:
             pass
         except OSError:
             self.close()
+        except Exception as error:
+            self.fail(error)
         self.update()
+
+    def fail(self, error: Exception) -> None:
+        """Hang up on a client that cannot be served: a fault of ours, or no memory, ends it and nobody else."""
+        log.debug("monitor: a client could not be served", exc_info=True)
+        log.error("monitor: a client was dropped: %s", reason(error))
+        self.close()
 
     def close(self) -> None:
         """Hang up."""
@@ -105,15 +114,9 @@ class MonitorServer:
         self.loop, self.dispatcher = loop, dispatcher
         self._clients: list[_Client] = []
         self._listener = UnixListener(path, MAX_CLIENTS)
-        self._listener.socket.setblocking(False)
-        loop.watch(self._listener.fileno(), self._accept)
+        loop.listen(self._listener, self._accept)
 
-    def _accept(self) -> None:
-        try:
-            connection, _ = self._listener.socket.accept()
-        except OSError:
-            return
-        connection.setblocking(False)
+    def _accept(self, connection: socket.socket) -> None:
         self._clients = [client for client in self._clients if not client.closed]
         if len(self._clients) >= MAX_CLIENTS:
             log.warning("monitor: more than %d clients, one was turned away", MAX_CLIENTS)
@@ -126,8 +129,11 @@ class MonitorServer:
         stepped = False
         for client in list(self._clients):
             if not client.closed and client.session.ready:
-                client.session.step()
-                client.update()
+                try:
+                    client.session.step()
+                    client.update()
+                except Exception as error:
+                    client.fail(error)
                 stepped = True
         self._clients = [client for client in self._clients if not client.closed]
         return stepped

@@ -6,20 +6,25 @@ The front end (User-Mode Linux, this project's guest process) brings memory and 
 
 from __future__ import annotations
 
-import array
-import contextlib
 import logging
-import os
 import socket
 from collections.abc import Callable
 from typing import Any
 
 from host_qemu_side.loop import Loop
-from host_qemu_side.vhost_user.rings import Rings, close_fd
+from host_qemu_side.vhost_user.descriptors import (
+    NoDoorbell,
+    adopt_socket,
+    check_doorbell,
+    check_held,
+    close_fd,
+    receive,
+)
+from host_qemu_side.vhost_user.rings import Rings
 from host_qemu_side.vhost_user.table import MemoryTable
 from vring import vhost_user as vu
 from vring.device import Device
-from vring.errors import VirtioError
+from vring.errors import VirtioError, reason
 from vring.memory import MAX_REGIONS, GuestMemory
 from vring.unix_socket import UnixListener
 from vring.vhost_user import ProtocolFeature, Request, VhostUserError
@@ -27,6 +32,8 @@ from vring.vhost_user import ProtocolFeature, Request, VhostUserError
 __all__ = ["VhostUserBackend"]
 
 log = logging.getLogger(__name__)
+READS_A_TURN = 64
+"""Of one front end, before it is others' turn."""
 PROTOCOL_FEATURES = (
     ProtocolFeature.REPLY_ACK
     | ProtocolFeature.BACKEND_REQ
@@ -86,8 +93,7 @@ class VhostUserBackend:
             If one cannot listen there, such as where another process does.
         """
         self._listener = UnixListener(path, 1)
-        self._listener.socket.setblocking(False)
-        self.loop.watch(self._listener.fileno(), self._accept)
+        self.loop.listen(self._listener, self._accept)
 
     def serve(self, connection: socket.socket) -> None:
         """Serve a front end that is connected already."""
@@ -96,15 +102,12 @@ class VhostUserBackend:
         self.connections += 1
         self.loop.watch(connection.fileno(), self._readable)
 
-    def _accept(self) -> None:
-        assert self._listener is not None
-        with contextlib.suppress(BlockingIOError):
-            connection, _ = self._listener.socket.accept()
-            if self._socket is not None:
-                log.warning("vhost-user: a second front end tried to connect and was turned away")
-                connection.close()
-                return
-            self.serve(connection)
+    def _accept(self, connection: socket.socket) -> None:
+        if self._socket is not None:
+            log.warning("vhost-user: a second front end tried to connect and was turned away")
+            connection.close()
+            return
+        self.serve(connection)
 
     @property
     def memory(self) -> GuestMemory | None:
@@ -148,6 +151,7 @@ class VhostUserBackend:
             self.loop.unwatch(self._listener.fileno())
             self._listener.close()
             self._listener = None
+        self._rings.close()
 
     def disconnect(self, why: str | None = "the back end closed the connection") -> None:
         """End the connection and reset the device; with a listener another front end may come.
@@ -189,14 +193,18 @@ class VhostUserBackend:
         """Read exactly one header, then exactly its body: two messages may arrive glued, and a descriptor read with
         the wrong one has no owner.
         """
+        reads = 0
         try:
             while self._socket is not None:
                 wanted = (vu.HEADER_SIZE if self._header is None else self._header.size) - len(self._buffer)
                 if wanted > 0:
-                    data, ancillary, _, _ = self._socket.recvmsg(
-                        wanted, socket.CMSG_SPACE(vu.MAX_FDS * 4), socket.MSG_CMSG_CLOEXEC
-                    )
-                    self._fds += _descriptors(ancillary)
+                    if reads == READS_A_TURN:
+                        return  # what is left to read is still there the next time round
+                    reads += 1
+                    data, fds = receive(self._socket, wanted)
+                    self._fds += fds
+                    if len(self._fds) > vu.MAX_FDS:
+                        raise VhostUserError(f"vhost-user: a message with more than {vu.MAX_FDS} descriptors")
                     if not data:
                         self.disconnect("it closed the socket")
                         return
@@ -215,15 +223,20 @@ class VhostUserBackend:
             pass
         except (VhostUserError, ConnectionError) as error:
             self.disconnect(str(error))
+        except Exception as error:  # no memory for what it asked, a fault of ours: it ends, and nobody else
+            log.debug("vhost-user: a front end could not be served", exc_info=True)
+            self.disconnect(f"it could not be served: {reason(error)}")
 
     def _handle(self, header: vu.Header, payload: bytes, fds: list[int]) -> None:
         log.debug("vhost-user: %s, %d bytes, %d fds", header.name, len(payload), len(fds))
+        assert self._socket is not None
         handler = _HANDLERS.get(header.request)
         result: bytes | None = None
         failed: VirtioError | None = None
         try:
             if handler is None:
                 raise VhostUserError(f"vhost-user: {header.name} is not supported")
+            check_held(fds, self._socket)
             result = handler(self, payload, fds)
         except (VirtioError, OSError) as error:
             failed = error if isinstance(error, VirtioError) else VhostUserError(f"vhost-user: {header.name}: {error}")
@@ -235,9 +248,12 @@ class VhostUserBackend:
             self._send(vu.pack_message(header.request, result, reply=True))
         elif header.need_reply and self._protocol & ProtocolFeature.REPLY_ACK:
             self._send(vu.pack_message(header.request, vu.pack_u64(1 if failed else 0), reply=True))
+        elif isinstance(failed, NoDoorbell) and failed.queue is not None:
+            self._rings.no_doorbell(failed.queue, failed)
         elif failed is not None:
             raise VhostUserError(f"vhost-user: {header.name} failed: {failed}") from failed
         if failed is not None:
+            self._rings.last_error = str(failed)
             log.warning("vhost-user: %s refused: %s", header.name, failed)
         self._rings.wake()  # the guest has its reply
         self.deliver()
@@ -345,12 +361,9 @@ class VhostUserBackend:
         self._rings[state.index].enabled = bool(state.value)
 
     def _set_backend_req_fd(self, payload: bytes, fds: list[int]) -> None:
-        if len(fds) != 1:
-            raise VhostUserError(f"vhost-user: SET_BACKEND_REQ_FD brings {len(fds)} descriptors")
-        if self._request is not None:
-            self._request.close()
-        self._request = socket.socket(fileno=os.dup(fds[0]))
-        self._request.setblocking(False)
+        old, self._request = self._request, adopt_socket(fds, "SET_BACKEND_REQ_FD")
+        if old is not None:
+            old.close()
 
     def _get_config(self, payload: bytes, fds: list[int]) -> bytes:
         asked = vu.ConfigSpace.unpack(payload, "GET_CONFIG")
@@ -369,15 +382,22 @@ class VhostUserBackend:
             self._rings.process(index)
             self.deliver()
 
+    def check_memory(self) -> None:
+        """End the connection of a front end that has cut off the memory it gave."""
+        if self.memory is not None and self.memory.lost:
+            self.disconnect("the guest's memory is lost: its file was made shorter, or its storage is full")
+
     def deliver(self) -> None:
         """Notify the driver of whatever the device has to say.
 
         A config change waits until a ring runs: told of one while its driver is reset or stopped, QEMU 11.1 dies.
         """
+        self.check_memory()
         self._rings.call()
         if self._request is not None and self.running and self.device.take_config_change():
             try:
-                self._request.send(vu.pack_message(vu.BackendRequest.CONFIG_CHANGE))
+                message = vu.pack_message(vu.BackendRequest.CONFIG_CHANGE)
+                self._request.send(message, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
             except BlockingIOError:
                 pass  # notifications that were not read yet are pending: it will look at the config space
             except OSError as error:  # the front end is gone, which its socket will say
@@ -404,18 +424,12 @@ class VhostUserBackend:
         return {"features": self.features & ~vu.F_PROTOCOL_FEATURES, "rings": self._rings.save()}
 
 
-def _descriptors(ancillary: list[tuple[int, int, bytes]]) -> list[int]:
-    fds = array.array("i")
-    for level, kind, data in ancillary:
-        if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
-            fds.frombytes(data[: len(data) - len(data) % fds.itemsize])
-    return list(fds)
-
-
 def _one(fds: list[int], state: vu.VringFd, what: str) -> int:
     """Keep the message's one descriptor; -1 if it says that there is none."""
     if len(fds) != int(state.has_fd):
         raise VhostUserError(f"vhost-user: {what} with {len(fds)} descriptors", queue=state.index)
+    if state.has_fd:
+        check_doorbell(fds[0], what, state.index)
     return fds.pop() if state.has_fd else -1
 
 

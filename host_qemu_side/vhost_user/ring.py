@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
 from dataclasses import dataclass
 from enum import Enum, IntFlag
 
+from host_qemu_side.vhost_user.descriptors import close_fd
 from vring import vhost_user as vu
 from vring.split import DeviceQueue
 
-__all__ = ["Piece", "Ring", "Whose", "close_fd"]
+__all__ = ["Piece", "Ring", "Whose"]
 
 
 class Piece(IntFlag):
@@ -67,14 +66,8 @@ class Ring:
     def own(self, which: str, fd: int) -> None:
         """Take over a descriptor as ``kick``, ``call`` or ``err`` in place of the last; -1 for none.
 
-        Nobody waits for a front end that does not read what it is told. A kick must not be watched.
+        A kick must not be watched.
         """
-        if fd >= 0:
-            try:
-                os.set_blocking(fd, False)
-            except OSError:
-                os.close(fd)
-                raise
         close_fd(getattr(self, which))
         setattr(self, which, fd)
 
@@ -105,10 +98,3 @@ class Ring:
             return Whose.ANOTHER
         # An index that wrapped to 0 is also where another driver begins.
         return Whose.UNKNOWN if self.base == 0 and self.moved else Whose.SAME
-
-
-def close_fd(fd: int) -> None:
-    """Close a descriptor, -1 for none."""
-    if fd >= 0:
-        with contextlib.suppress(OSError):
-            os.close(fd)

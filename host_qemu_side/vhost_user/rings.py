@@ -8,21 +8,21 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
 from collections.abc import Callable
 from typing import Any
 
 from host_qemu_side.loop import Loop
-from host_qemu_side.vhost_user.ring import Piece, Ring, Whose, close_fd
+from host_qemu_side.vhost_user.ring import Piece, Ring, Whose
 from host_qemu_side.vhost_user.table import MemoryTable
 from vring import vhost_user as vu
 from vring.device import Device, most_queues
-from vring.errors import VirtioError
+from vring.errors import VirtioError, reason
 from vring.features import CommonFeature
+from vring.peer import Signals, take_signals
 from vring.split import MAX_SIZE, DeviceQueue, QueueLayout
 from vring.vhost_user import VhostUserError
 
-__all__ = ["Ring", "Rings", "close_fd"]
+__all__ = ["Ring", "Rings"]
 
 log = logging.getLogger(__name__)
 NOT_THE_DEVICES = vu.F_PROTOCOL_FEATURES | vu.F_LOG_ALL
@@ -51,6 +51,7 @@ class Rings:
         """As negotiated; None: not yet."""
         self.held = False
         self.last_error: str | None = None
+        self._signals = Signals()
 
     def __len__(self) -> int:
         return len(self._rings)
@@ -173,6 +174,10 @@ class Rings:
         """Expect the driver of a state that was loaded: a ring that starts at its base goes on."""
         for index, base in bases.items():
             self[index].stopped_at = base
+
+    def close(self) -> None:
+        """Give back what signals them."""
+        self._signals.close()
 
     def clear(self, *, table: bool = True) -> None:
         """Forget everything that was said, with `table` the memory table as well: the front end is gone."""
@@ -304,7 +309,7 @@ class Rings:
     def _kicked(self, index: int) -> None:
         try:
             with contextlib.suppress(BlockingIOError):
-                if not os.read(self._rings[index].kick, 8):
+                if not take_signals(self._rings[index].kick):
                     raise VhostUserError("vhost-user: the front end closed its end of the kick", queue=index)
         except (VhostUserError, OSError) as error:  # else it would be readable for ever
             self._broken(index, error, Piece.KICK)
@@ -330,9 +335,9 @@ class Rings:
             if served and self._device.process(index) and not ring.again:
                 ring.again = True
                 self._loop.soon(lambda: self._again(index))
-        except (VirtioError, OSError) as error:
+        except Exception as error:
             # The driver broke the ring, or this host could not do what it asked (a discard that failed: the buffer was
-            # not returned). Either way this queue rests, and the others live on.
+            # not returned; no memory). Either way this queue rests, and the others live on.
             self._broken(index, error)
 
     def _again(self, index: int) -> None:
@@ -342,12 +347,16 @@ class Rings:
 
     def _broken(self, index: int, error: Exception, pieces: Piece = Piece.ALL) -> None:
         """A ring that cannot be trusted: stop it until these pieces are said anew, signal its err descriptor, log."""
-        log.error("vhost-user: queue %d is stopped until it is set up again: %s", index, error)
-        self.last_error = str(error)
+        log.error("vhost-user: queue %d is stopped until it is set up again: %s", index, reason(error))
+        self.last_error = reason(error)
         self.stop(index)
         self._forget(index, pieces)
         if self._rings[index].err >= 0:
-            _signal(self._rings[index].err)
+            self._signal(self._rings[index].err)
+
+    def no_doorbell(self, index: int, error: VirtioError) -> None:
+        """What came as a doorbell of this ring is none, and who sent it has no other answer: it rests until a kick."""
+        self._broken(index, error, Piece.KICK)
 
     def call(self) -> None:
         """Notify the driver of used buffers."""
@@ -359,7 +368,11 @@ class Rings:
         ring = self._rings[index]
         ring.call_due = ring.call < 0
         if not ring.call_due:
-            _signal(ring.call)
+            self._signal(ring.call)
+
+    def _signal(self, fd: int) -> None:
+        with contextlib.suppress(OSError):  # who has closed his end hears nothing
+            self._signals.signal(fd)
 
     # -- pausing, saving ------------------------------------------------------------------------------------------
 
@@ -383,9 +396,3 @@ class Rings:
             for index, ring in enumerate(self._rings)
             if ring.queue is not None
         ]
-
-
-def _signal(fd: int) -> None:
-    """Eight bytes: an eventfd counts them, User-Mode Linux has a socket there."""
-    with contextlib.suppress(OSError):
-        os.write(fd, (1).to_bytes(8, "little"))
