@@ -96,7 +96,16 @@ class SavedGuest:
         device = SavedDevice.from_json(said.any("device"), refusal)
         if device.profile not in PROFILES:
             raise refusal(f"{said.what}: its device has a profile {quoted(device.profile)}, unknown here")
-        return cls(device, SavedTransport.take(said.members("transport")), said.boolean("running", default=True))
+        transport = SavedTransport.take(said.members("transport"))
+        number = PROFILES[device.profile].numbering.number
+        queues = {number(role, device.offered, device.negotiated) for role in QueueRole} - {None}
+        if {ring.index for ring in transport.rings} != queues:
+            # Without its base a ring would be begun anew, and what was inflated long ago be dropped again.
+            raise refusal(
+                f"{said.what}: the rings of queues {sorted(ring.index for ring in transport.rings)} ran at the pause, "
+                f"the driver has queues {sorted(number for number in queues if number is not None)}"
+            )
+        return cls(device, transport, said.boolean("running", default=True))
 
     def to_json(self) -> dict[str, Any]:
         """Return it as JSON values."""

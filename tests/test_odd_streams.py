@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 
@@ -22,24 +21,24 @@ HEADER, STATE = (
     json.loads(next(data for kind, data in REAL if kind == wanted)) for wanted in (Kind.HEADER, Kind.STATE)
 )
 DEEP = b'{"a":' * 100_000 + b"1" + b"}" * 100_000
-MOST_MEMORY = 400 << 20
-"""Bytes that a receiver takes for a tiny stream, with the program itself."""
+SPACE = 4 << 20
+"""KiB of addresses that a receiver may use: the program with its libraries, and little for a tiny stream."""
 
 
 def test_mutated_streams_states_and_answers():
     """A short run of what `./run explore` does for long."""
-    found = explore(2500, seed=8)
+    found = explore(1200, seed=8)
     assert not found.wrong
     assert found.outcomes["loaded"] > 10
     assert found.outcomes["believed"] > 10
-    assert found.outcomes["refused: StreamError"] > 500
+    assert found.outcomes["refused: StreamError"] > 300
 
 
 @pytest.mark.parametrize("method", ["integer", "text", "pairs"])
 def test_a_border_that_checks_nothing_is_noticed(monkeypatch, method):
     """What the exploration is worth: without one of the checks other exceptions come out, or odd values."""
     monkeypatch.setattr(Fields, method, lambda self, name, *limits, default=0: self._value.get(name, default))
-    assert explore(2500, seed=8).wrong
+    assert explore(600, seed=8).wrong
 
 
 def said(kind, payload, real=REAL):
@@ -82,34 +81,33 @@ STREAMS = {
 
 @pytest.fixture(scope="module")
 def received(tmp_path_factory):
-    """Have a real program read each of them, all at once; return exit code, peak memory and what it said."""
+    """Have a real program read each of them, all at once; return exit code and what it said."""
     folder = tmp_path_factory.mktemp("streams")
     running = {}
     for name, (data, _, _) in STREAMS.items():
         (folder / name).write_bytes(data)
         out = (folder / f"{name}.said").open("w+b")
-        command = [sys.executable, "-m", "balloon_cli", "receive", f"file:{folder / name}"]
+        command = ["sh", "-c", f'ulimit -v {SPACE} && exec "$@"', "sh"]
+        command += [sys.executable, "-m", "balloon_cli", "receive", f"file:{folder / name}"]
         running[name] = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=out, stderr=out), out
     found = {}
     for name, (process, out) in running.items():
-        _, status, used = os.wait4(process.pid, 0)
-        process.returncode = os.waitstatus_to_exitcode(status)
+        process.wait(120)
         with out:
             out.seek(0)
-            found[name] = process.returncode, used.ru_maxrss << 10, out.read().decode()
+            found[name] = process.returncode, out.read().decode()
     return found
 
 
 @pytest.mark.parametrize("name", STREAMS)
 def test_a_real_program_says_what_is_wrong(received, name):
-    """In one line, with the exit code that says who is at fault, and no more memory than the program itself takes."""
+    """In one line, with the exit code that says who is at fault, and with little memory."""
     _, code, text = STREAMS[name]
-    found, memory, told = received[name]
+    found, told = received[name]
     assert found == code, told
     assert text in told
     assert "Traceback" not in told
     assert told.replace("\n", "").isprintable()
-    assert memory < MOST_MEMORY
     if code != OK:
         assert name in told.splitlines()[-1], "the file is named where the error is"
 

@@ -34,8 +34,9 @@ from vring.errors import UsageError
 from vring.mmio_saved import SavedQueue, SavedRegisters
 
 HINTS, FIGURES = SavedHints(HintState.START, 0x80000007), SavedStats({"stat-swap-in": 5}, 2)
-DEVICE = SavedDevice("spec", 0x3F, 0x0B, bytes(range(16)), HINTS, FIGURES, ((3, 4), (9, 1)))
-GUEST = SavedGuest(DEVICE, SavedTransport(0x0B, (SavedRing(0, 128, 7), SavedRing(4, 32, 65535))), running=False)
+DEVICE = SavedDevice("spec", 0x3F, 0x0B, bytes(range(16)), True, HINTS, FIGURES, ((3, 4), (9, 1)))
+RINGS = tuple(SavedRing(index, 128, 65535 - index) for index in (0, 1, 2, 3))
+GUEST = SavedGuest(DEVICE, SavedTransport(0x0B, RINGS), running=False)
 QUEUE = SavedQueue(128, 0x1000, 0x2000, (1 << 64) - 16, 65535, ready=True, broken=False)
 REGISTERS = SavedRegisters(15, (1 << 40) - 1, {"device": 0, "driver": 1, "queue": 7}, (QUEUE, QUEUE))
 RESUME = {"profile": "spec", "batch": "64"}
@@ -300,6 +301,13 @@ def test_names_in_a_header_are_printable():
         ("transport", {"rings": [{"index": 0, "size": 0, "base": 0}]}, "size is 0"),
         ("transport", {"rings": [{"index": 0, "size": 16, "base": 65536}]}, "base is 65536"),
         ("transport", {"rings": [{"index": i, "base": i} for i in range(20_000)]}, "a list of 20000 items"),
+        (
+            "transport",
+            {"rings": [ring.to_json() for ring in RINGS[:3]]},
+            r"\[0, 1, 2\] ran .*, the driver has .*\[0, 1, 2, 3\]",
+        ),
+        ("transport", {"rings": []}, r"queues \[\] ran at the pause"),
+        ("device", {"negotiated": 1}, r"the driver has queues \[0, 1\]"),
     ],
 )
 def test_a_guest_that_was_never_saved(part, change, why):

@@ -103,7 +103,7 @@ class BalloonDriver(Hinting, Inflating, Reporting, Statistics):
         Raises
         ------
         UsageError
-            If there is no driver state in this RAM.
+            If there is no driver state in this RAM, or a device that goes on at `bases` would take buffers again.
         DeviceError
             If the device does not offer the features that were negotiated.
         """
@@ -124,6 +124,13 @@ class BalloonDriver(Hinting, Inflating, Reporting, Statistics):
                 raise VirtioError(f"the kernel area of this RAM has no state of the {role.value}: it is damaged")
             queue = DriverQueue.attach(manager.memory, state, index=index)
             driver._queues[role] = queue
+            base = bases.get(index, queue.used_idx)
+            if (base - queue.used_idx) & 0xFFFF > (queue.avail_idx - queue.used_idx) & 0xFFFF:
+                raise UsageError(
+                    f"a device cannot go on at avail index {base}: those from {queue.used_idx} up to {queue.avail_idx} "
+                    "are in its hands",
+                    queue=index,
+                )
             transport.setup_queue(index, queue.layout, base=bases.get(index, 0))
         transport.driver_ok()
         driver._register()
