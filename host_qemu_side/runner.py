@@ -18,7 +18,7 @@ from balloon_dev.device import BalloonDevice
 from balloon_dev.features import QueueRole
 from balloon_dev.oracle import Verdict
 from host_qemu_side.loop import READ, WRITE
-from host_qemu_side.migration import Cancelled, GuestControl, Limits, Migration, MigrationResult
+from host_qemu_side.migration import Cancelled, DeviceHints, GuestControl, Limits, Migration, MigrationResult
 from host_qemu_side.migration.output import FileOutput, SocketOutput
 from host_qemu_side.migration.records import Hello, Ready, Refused, Report
 from host_qemu_side.migration.stream import Kind, Record, StreamError
@@ -44,49 +44,16 @@ class GuestHandle(GuestControl, Protocol):
         """Raise `PeerVanished` if it is gone."""
 
 
-class BackendHints:
+class BackendHints(DeviceHints):
     """A `host_qemu_side.migration.HintPort` over a balloon device behind vhost-user."""
 
     def __init__(self, device: BalloonDevice, backend: VhostUserBackend) -> None:
-        self._device, self._backend = device, backend
+        def serve() -> None:
+            index = device.queue_number(QueueRole.FREE_PAGE)
+            if index is not None:
+                backend.process(index)
 
-    @property
-    def sink(self) -> Callable[[int, U64, U64], None] | None:
-        """Who takes the hints."""
-        return self._device.hint_sink
-
-    @sink.setter
-    def sink(self, sink: Callable[[int, U64, U64], None] | None) -> None:
-        self._device.hint_sink = sink
-
-    @property
-    def running(self) -> bool:
-        """Whether a run is requested or started."""
-        return self._device.hinting.active
-
-    def start(self) -> int | None:
-        """Issue a new id and tell the driver; None if the driver is gone."""
-        if not self._device.hinting_negotiated:
-            return None
-        command_id = self._device.start_hinting()
-        self._backend.deliver()
-        return command_id
-
-    def stop(self) -> None:
-        """End the run."""
-        self._device.stop_hinting()
-        self._backend.deliver()
-
-    def done(self) -> None:
-        """Let the guest free its pages."""
-        self._device.finish_hinting()
-        self._backend.deliver()
-
-    def serve(self) -> None:
-        """Serve the free page queue."""
-        index = self._device.queue_number(QueueRole.FREE_PAGE)
-        if index is not None:
-            self._backend.process(index)
+        super().__init__(device, deliver=backend.deliver, serve=serve)
 
 
 @dataclass(slots=True)

@@ -47,15 +47,20 @@ class Witness:
     device
         Its balloon device, for the tap; None in a migration without one.
     journal
-        The guest's journal of writes, None if it keeps none (Linux).
+        The guest's journal of writes, None if it keeps none (Linux, other emulators): then a page that was rewritten
+        with what it held is taken for one that was not written.
     clock
-        Whose time leaves out what is done here.
+        Whose time leaves out what is done here; step the migration with it.
     """
 
     def __init__(
-        self, memory: GuestMemory, device: BalloonDevice | None, journal: Journal | None, clock: MigrationClock
+        self,
+        memory: GuestMemory,
+        device: BalloonDevice | None,
+        journal: Journal | None = None,
+        clock: MigrationClock | None = None,
     ) -> None:
-        self.memory, self.journal, self.clock = memory, journal, clock
+        self.memory, self.journal, self.clock = memory, journal, clock or MigrationClock()
         pages = memory.page_layout.count
         scratch = _shared(pages, np.uint64), _shared(pages, np.uint64), _shared(pages, np.uint32)
         self.oracle = Oracle(memory.page_layout.runs, scratch)  # type: ignore[arg-type]
@@ -124,7 +129,9 @@ class Witness:
         """Pages that were not zero when the last id was issued and were never hinted."""
         return int(np.count_nonzero((self.oracle.at_issue != 0) & ~self.oracle.hinted()))
 
-    def verdict(self, destination: npt.NDArray[np.uint64]) -> Verdict:
-        """Judge what arrived: the digest of each page of RAM, in order."""
+    def verdict(self, destination: npt.NDArray[np.uint64] | None = None) -> Verdict:
+        """Judge what arrived: the digest of each page of RAM, in order; None: what the destination has sent itself."""
+        if destination is None:
+            destination = np.zeros(0, np.uint64) if self.destination is None else self.destination
         last = None if self.journal is None else self.memory.page_layout.pick(self.journal.last_epochs())
         return self.oracle.verdict(self.at_pause, destination, last_write=last)

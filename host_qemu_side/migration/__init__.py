@@ -1,11 +1,12 @@
 """Live migration of a guest's RAM and its balloon device, in rounds, with free page hints.
 
 `Migration` sends, `Receiver` receives, `stream` is what lies between them: the same bytes on a socket and in a file.
-An emulator brings its own `Output`, `GuestControl`, `HintPort` and `vring.dirty.DirtyLog`; see
-``examples/migrate_an_emulator.py``.
+An emulator brings its `GuestControl` and a `vring.dirty.DirtyLog`; `DeviceHints` is the `HintPort` of its balloon. See
+``examples/migrate_an_emulator.py`` and ``examples/migrate_with_hints.py``.
 """
 
 from host_qemu_side.migration.engine import Migration
+from host_qemu_side.migration.hint_port import DeviceHints
 from host_qemu_side.migration.interfaces import (
     MIN_BANDWIDTH,
     Cancelled,
@@ -25,6 +26,7 @@ from host_qemu_side.migration.stream import Kind, Record, StreamError, StreamRea
 __all__ = [
     "MIN_BANDWIDTH",
     "Cancelled",
+    "DeviceHints",
     "GuestControl",
     "HintPort",
     "HintRunStats",

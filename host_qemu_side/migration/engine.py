@@ -32,7 +32,7 @@ from host_qemu_side.migration.interfaces import (
     TakesDigests,
 )
 from host_qemu_side.migration.ram import RamState
-from host_qemu_side.migration.records import Cancel, End, Header, Ready, Refused, RoundEnd, State
+from host_qemu_side.migration.records import Cancel, End, Header, Hello, Ready, Refused, RoundEnd, State
 from host_qemu_side.migration.stream import MAX_PAGES, Kind, Record, StreamError, StreamWriter
 from vring.dirty import DirtyLog, DirtyLogVoid, LearnsWhatWasSent, check_covers
 from vring.errors import PeerVanished, VirtioError
@@ -108,6 +108,7 @@ class Migration:
         self._learner = log if isinstance(log, LearnsWhatWasSent) else None
         self._header = Header.describing(((r.gpa, r.size) for r in memory.regions), hand_over, header or {})
         self._state = state
+        self._heard = False
         self._digests_left = memory.size // PAGE_SIZE
         self._writer = StreamWriter()
         self._ram: RamState | None = None
@@ -339,7 +340,7 @@ class Migration:
         if self.output.two_way:
             deadline = self._now + self.limits.answer
             while True:
-                record = self.output.answer()
+                record = self._answer()
                 if record is None:
                     if self._now > deadline:
                         raise PeerVanished(f"the destination did not confirm within {self.limits.answer:g} s")
@@ -481,9 +482,18 @@ class Migration:
             self._hear()
         yield self._now
 
+    def _answer(self) -> Record | None:
+        """Return what the destination says; its HELLO, if nobody has read that before, is only looked at."""
+        record = self.output.answer()
+        first, self._heard = not self._heard, self._heard or record is not None
+        if first and record is not None and record.kind is Kind.HELLO:
+            Hello.of(record)
+            record = self.output.answer()
+        return record
+
     def _hear(self) -> None:
         """See whether the destination has given up; it has nothing else to say before all has arrived."""
-        if self.phase is not Phase.HANDOVER and (record := self.output.answer()) is not None:
+        if self.phase is not Phase.HANDOVER and (record := self._answer()) is not None:
             if record.kind is Kind.REFUSED:
                 raise StreamError(f"the destination refused: {Refused.of(record).why}")
             raise StreamError(f"the destination sent a {record.kind.name} record in the middle of the stream")
