@@ -266,8 +266,8 @@ static inline int collect_ready(struct vq_driver *q, uint64_t *tokens, uint32_t 
         struct vq_driver_head *h = &heads[id & mask];
 
         count = load16(&h->count);
-        /* A chain of more descriptors than are in use is none of ours: the state was scribbled on. */
-        if (id > mask || !count || free_tail + count > all_free || (hidden && unpublished(q, id))) {
+        /* No chain (count - 1 wraps), or one of more descriptors than are in use: the state was scribbled on. */
+        if (id > mask || count - 1 >= all_free - free_tail || (hidden && unpublished(q, id))) {
             err = broken(q, VQ_EUSED_ID, at & 0xffff, id);
             break;
         }
