@@ -9,7 +9,10 @@ from collections import Counter
 
 import numpy as np
 import pytest
+from features_pair import ALL, Pair
 
+from balloon_dev.features import QueueRole
+from guest_driver.balloon.state import STATE
 from guest_driver.layout import ENTRY, HEADER, KernelArea
 from guest_driver.memory_manager import HINT_ORDER, AllocatorError, MemoryManager, Owner
 from vring import bitmap
@@ -209,3 +212,49 @@ def test_freeing_nothing_and_freeing_wrongly_in_bulk(manager):
             manager.free_bulk(wrong)
         pfns = manager.alloc_pages_bulk(0, 3) if at else pfns
         manager.verify()
+
+
+def test_after_the_memory_was_closed():
+    """The zone keeps its mappings: what it is asked then is answered from them, never from what is no longer mapped."""
+    memory = GuestMemory.create([(0, 16 * MIB), (64 * MIB, 16 * MIB)])
+    manager = MemoryManager.create(memory)
+    pfns = manager.alloc_pages_bulk(0, manager.free_pages - manager.watermark - 8, Owner.WORKLOAD)
+    assert pfns.max() >= 64 * MIB // PAGE_SIZE
+    memory.close()
+    assert manager.write(pfns[-64:].copy()) == 64
+    assert manager.check_owned().pages == len(pfns)
+    manager.verify()
+
+
+@pytest.mark.parametrize("value", [0, 1, 5, 1 << 16, 0xFFFFFFFF])
+@pytest.mark.parametrize("field", [name for name in STATE.names if STATE[name].kind == "u"])
+def test_the_balloon_drivers_state(field, value):
+    """Whatever stands in one field while the driver works: it goes on, or says what is damaged."""
+    with Pair(ALL, mib=32) as pair:
+        pair.target(700)
+        pair.device.set_target(1000)
+        pair.device.start_hinting()
+        pair.step(0.0)
+        pair.driver._state[field] = value
+        for i in range(40):
+            pair.transport.collect()
+            if _try(pair.step, 3.0 * i) in ("VirtioError", "UsageError", "AllocatorError", "DeviceError"):
+                break
+            _try(pair.serve_all)
+
+
+@pytest.mark.parametrize("token", [(1 << 63) + 256, (1 << 64) - 1])
+def test_a_token_of_a_command_that_was_never_sent(token):
+    with Pair(ALL, mib=32) as pair:
+        pair.settle()
+        pair.device.start_hinting()
+        pair.transport.collect()
+        pair.step()  # reads the id
+        pair.driver.step()
+        queue = pair.queue(QueueRole.FREE_PAGE)
+        assert queue.outstanding
+        for head in range(queue.size):
+            queue._q.heads[head].token = token
+        pair.serve_all()
+        with pytest.raises(VirtioError, match="no command slot"):
+            pair.settle()

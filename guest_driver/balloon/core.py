@@ -66,6 +66,15 @@ class DriverCore:
         self._stats_bytes = memory.array(self._stats_gpa, PIECES["balloon.stats"])
         assert len(self._stats_bytes) == len(STAT_TAGS) * 10
 
+    def _number(self, name: str, most: int) -> int:
+        """Return a number of the state if it can be: whoever shares the RAM may have written another one there."""
+        value = int(self._state[name])
+        if value > most:
+            raise VirtioError(
+                f"the balloon driver's state in guest RAM is damaged: {name} reads {value}, not 0 to {most}"
+            )
+        return value
+
     @property
     def features(self) -> int:
         """Negotiated feature bits."""

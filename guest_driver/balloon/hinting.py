@@ -15,8 +15,9 @@ import numpy.typing as npt
 from balloon_dev.features import QueueRole
 from balloon_dev.hinting import CMD_ID_DONE, CMD_ID_STOP
 from guest_driver.balloon.core import DriverCore
-from guest_driver.balloon.state import BLOCK_BYTES, COMMAND_TOKEN, FreeAt
+from guest_driver.balloon.state import BLOCK_BYTES, COMMAND_SLOTS, COMMAND_TOKEN, FreeAt
 from guest_driver.memory_manager import HINT_ORDER, Owner
+from vring.errors import VirtioError
 from vring.split import SEG, SEG_WRITE, DriverQueue
 
 __all__ = ["Hinting"]
@@ -117,8 +118,10 @@ class Hinting(DriverCore):
             tokens, _ = queue.collect()
             if not len(tokens):
                 return
-            commands = tokens[tokens >= np.uint64(COMMAND_TOKEN)]
-            self._busy[(commands & np.uint64(COMMAND_TOKEN - 1)).astype(np.int64)] = 0
+            slots = tokens[tokens >= np.uint64(COMMAND_TOKEN)] - np.uint64(COMMAND_TOKEN)
+            if len(slots) and slots.max() >= COMMAND_SLOTS:
+                raise VirtioError(f"a token in guest RAM is damaged: there is no command slot {slots.max()}")
+            self._busy[slots.astype(np.int64)] = 0
 
     def _free_hinted(self) -> None:
         self.manager.free_owned(0, self.manager.end_pfn, Owner.HINT)

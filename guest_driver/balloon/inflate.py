@@ -70,28 +70,32 @@ class Inflating(DriverCore):
         self._post_request()
 
     def _post_request(self) -> bool:
-        request = Request(int(self._state["request"]))
+        request = self._request()
         segment = np.zeros(1, dtype=SEG)
         segment["addr"] = self._moved_gpa if request is Request.MOVE_OUT else self._pfns_gpa
-        segment["len"] = 4 * int(self._state["request_pages"])
+        segment["len"] = 4 * self._number("request_pages", PFNS_PER_REQUEST)
         if not self._post(self._queues[_ROLE[request]], segment):
             return False
         self._state["request_posted"] = 1
         return True
 
+    def _request(self) -> Request:
+        """Return the request that is on its way."""
+        return Request(self._number("request", max(Request)))
+
     def _request_role(self) -> QueueRole | None:
         """Which queue the request that is on its way goes over, None if there is none."""
-        return _ROLE.get(Request(int(self._state["request"])))
+        return _ROLE.get(self._request())
 
     def _go_on_with_request(self) -> bool:
         """Post the request, or see to its end. Return whether there was something to do."""
         if not int(self._state["request_posted"]):
             return self._post_request()
-        request = Request(int(self._state["request"]))
+        request = self._request()
         if not len(self._queues[_ROLE[request]].collect(1)[0]):
             return False
         # Acknowledged: only now may pages that left the balloon be reused.
-        pages = int(self._state["request_pages"])
+        pages = self._number("request_pages", PFNS_PER_REQUEST)
         if request is Request.MOVE_IN:
             self._state["request"], self._state["request_posted"] = Request.MOVE_OUT, 0
             self._post_request()
@@ -101,11 +105,12 @@ class Inflating(DriverCore):
             self.manager.free_bulk(self._moved[:pages].astype(np.uint64), 0)
             self._state["moved"] += pages
             return True
+        actual = int(self._state["ballooned"])
         if request is Request.DEFLATE:
             self.manager.free_bulk(self._pfns[:pages].astype(np.uint64), 0)
-            self._state["ballooned"] -= pages
+            self._state["ballooned"] = max(actual - pages, 0)
         else:
-            self._state["ballooned"] += pages
+            self._state["ballooned"] = min(actual + pages, 0xFFFFFFFF)
         self.transport.write_config(ACTUAL, int(self._state["ballooned"]).to_bytes(4, "little"))
         return True
 
@@ -137,7 +142,7 @@ class Inflating(DriverCore):
                 return True
             if self._go_on_with_request():
                 continue
-            request = Request(int(self._state["request"]))
+            request = self._request()
             if not self._wait(self._queues[_ROLE[request]].index):
                 return False
         return int(self._state["request"]) == Request.NONE

@@ -24,7 +24,7 @@ class Reporting(DriverCore):
         queue = self._queues.get(QueueRole.REPORTING)
         if queue is None:
             return False
-        n = int(self._state["report_blocks"])
+        n = self._number("report_blocks", REPORT_RANGES)
         if n and not int(self._state["report_posted"]):
             return self._post_report(queue)
         if n:
@@ -51,7 +51,7 @@ class Reporting(DriverCore):
         return True
 
     def _post_report(self, queue: DriverQueue) -> bool:
-        n = int(self._state["report_blocks"])
+        n = self._number("report_blocks", REPORT_RANGES)
         segments = np.zeros(n, dtype=SEG)
         segments["addr"] = self._report_pfns[:n] << np.uint64(12)
         segments["len"], segments["flags"] = BLOCK_BYTES, SEG_WRITE
@@ -62,6 +62,6 @@ class Reporting(DriverCore):
 
     def _take_back_reported(self) -> None:
         """Put blocks of a report that will never be answered back."""
-        n = int(self._state["report_blocks"])
+        n = self._number("report_blocks", REPORT_RANGES)
         self._state["report_blocks"] = 0
         self.manager.report_return(self._report_pfns[:n].copy(), reported=False)
