@@ -167,6 +167,8 @@ class Zone:
         piece = kernel.pieces.get("zone")
         if piece is None or piece[1] < _HEADER:
             raise VirtioError("the kernel area of this RAM has no zone")
+        if len(memory.regions) > lib.PA_MAX_REGIONS:
+            raise UsageError(f"{len(memory.regions)} regions of guest memory, the allocator takes {lib.PA_MAX_REGIONS}")
         self._view = ffi.new("struct pa_view *")
         self._view.zone = ffi.cast("uint8_t *", memory.host_address(*piece))
         self._view.zone_bytes = piece[1]

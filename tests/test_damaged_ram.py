@@ -15,10 +15,8 @@ from balloon_dev.features import QueueRole
 from guest_driver.balloon.state import STATE
 from guest_driver.layout import ENTRY, HEADER, KernelArea
 from guest_driver.memory_manager import HINT_ORDER, AllocatorError, MemoryManager, Owner
-from vring import bitmap
-from vring.dirty.software import SoftwareDirtyLog
 from vring.errors import UsageError, VirtioError
-from vring.memory import PAGE_SIZE, GuestMemory
+from vring.memory import MAX_REGIONS, PAGE_SIZE, GuestMemory
 
 MIB = 1 << 20
 WALKS = {
@@ -192,14 +190,23 @@ def test_while_another_process_scribbles(manager):
 
 
 def test_fill_is_in_the_dirty_log(manager):
-    log = SoftwareDirtyLog.for_memory(manager.memory)
-    manager.use_dirty_log(log.bits)
+    log = np.zeros(manager.memory.page_span // 64, dtype=np.uint64)
+    manager.use_dirty_log(log)
     pfns = manager.alloc_pages_bulk(0, 70)
-    log.start()
+    assert not log.any()
     manager.fill(pfns, 7)
-    into = bitmap.empty(manager.memory.page_span)
-    assert log.sync(into) == 70
-    assert bitmap.pages_of(into).tolist() == sorted(pfns.tolist())
+    marked = np.flatnonzero(np.unpackbits(log.view(np.uint8), bitorder="little"))
+    assert marked.tolist() == sorted(pfns.tolist())
+
+
+def test_memory_of_many_regions():
+    """As many as guest memory may have."""
+    with GuestMemory.create([(0, 8 * MIB), *[(i * 16 * MIB, MIB) for i in range(1, MAX_REGIONS)]]) as memory:
+        manager = MemoryManager.create(memory)
+        pfns = manager.alloc_pages_bulk(8, 1000, Owner.WORKLOAD)
+        assert pfns.max() == (MAX_REGIONS - 1) * 16 * MIB // PAGE_SIZE
+        manager.write(pfns, 8)
+        assert MemoryManager.attach(memory).check_owned().wrong == 0
 
 
 def test_freeing_nothing_and_freeing_wrongly_in_bulk(manager):

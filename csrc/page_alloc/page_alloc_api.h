@@ -49,7 +49,7 @@ enum pa_error {
 #define PA_PAGE_SIZE    4096
 #define PA_MAX_ORDER    11 /* number of orders: 0 to 10, blocks of 4 KiB to 4 MiB */
 #define PA_NIL          0xffffffff
-#define PA_MAX_REGIONS  16
+#define PA_MAX_REGIONS  64
 #define PA_ZONE_MAGIC   0x3130454e4f5a4256 /* VBZONE01 */
 #define PA_ZONE_VERSION 1
 

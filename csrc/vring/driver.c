@@ -266,7 +266,7 @@ static inline int collect_ready(struct vq_driver *q, uint64_t *tokens, uint32_t 
         struct vq_driver_head *h = &heads[id & mask];
 
         count = load16(&h->count);
-        /* No chain (count - 1 wraps), or one of more descriptors than are in use: the state was scribbled on. */
+        /* No chain (count - 1 wraps), or more descriptors than are in use: the state was scribbled on. */
         if (id > mask || count - 1 >= all_free - free_tail || (hidden && unpublished(q, id))) {
             err = broken(q, VQ_EUSED_ID, at & 0xffff, id);
             break;
