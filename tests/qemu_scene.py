@@ -136,7 +136,7 @@ class Scene:
         """What has to be true after every scene."""
         self.use_memory()
         self.alive()
-        if bad := {name: count for name, count in self.device()["bad-requests"].items() if count}:
+        if bad := {request["what"]: request["count"] for request in self.device()["bad-requests"]}:
             self.note(f"refused: {bad}")
 
     def close(self) -> list[str]:
