@@ -1,4 +1,4 @@
-"""RAM that lies high: books are kept by the pages there are, by everybody who keeps any; and a whole migration of it."""
+"""RAM that lies high: whoever keeps books about it keeps them by the pages there are; and a whole migration of it."""
 
 from __future__ import annotations
 
