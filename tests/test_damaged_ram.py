@@ -12,10 +12,10 @@ import pytest
 
 from guest_driver.layout import ENTRY, HEADER, KernelArea
 from guest_driver.memory_manager import HINT_ORDER, AllocatorError, MemoryManager, Owner
-from vring import bitmap
 from vring.dirty.software import SoftwareDirtyLog
 from vring.errors import UsageError, VirtioError
 from vring.memory import PAGE_SIZE, GuestMemory
+from vring.pages import PageSet
 
 MIB = 1 << 20
 WALKS = {
@@ -194,9 +194,9 @@ def test_fill_is_in_the_dirty_log(manager):
     pfns = manager.alloc_pages_bulk(0, 70)
     log.start()
     manager.fill(pfns, 7)
-    into = bitmap.empty(manager.memory.page_span)
+    into = PageSet(manager.memory.page_layout)
     assert log.sync(into) == 70
-    assert bitmap.pages_of(into).tolist() == sorted(pfns.tolist())
+    assert into.numbers().tolist() == sorted(pfns.tolist())
 
 
 def test_freeing_nothing_and_freeing_wrongly_in_bulk(manager):
