@@ -77,51 +77,54 @@ static struct dirty_run touched_pages(uint64_t addr, uint64_t len)
     return (struct dirty_run){first, last - first + 1, 0};
 }
 
-/* Cut the next part that exists off the front of `want`: its bits go to `part`. Returns 0 when there is no
- * more. `at` is the run looked at last; requests mostly come in one run, or ascending. */
-static int next_part(const struct dirty_layout *layout, uint64_t *at, struct dirty_run *want,
-                     struct dirty_run *part)
+/* The first run that ends after a page, `count` if none does. */
+static uint64_t run_of(const struct dirty_layout *layout, uint64_t page)
 {
-    const struct dirty_run *run = layout->run;
     uint64_t low = 0, high = layout->count;
+    while (low < high) {
+        const uint64_t middle = low + (high - low) / 2;
+        if (layout->run[middle].first + layout->run[middle].pages <= page)
+            low = middle + 1;
+        else
+            high = middle;
+    }
+    return low;
+}
+
+/* Cut the next part that exists off the front of `want`; *slot is its first bit. Returns its pages, 0 when
+ * there is no more. `at` is the run looked at last: most requests lie in one run, and in the same as the one
+ * before. */
+static inline uint64_t next_part(const struct dirty_layout *layout, uint64_t *at, struct dirty_run *want,
+                                 uint64_t *slot)
+{
     if (!want->pages)
         return 0;
-    if (*at < high && run[*at].first <= want->first && want->first - run[*at].first < run[*at].pages) {
-        low = *at;
-    } else {
-        while (low < high) { /* the first run that ends after the first page wanted */
-            const uint64_t middle = low + (high - low) / 2;
-            if (run[middle].first + run[middle].pages <= want->first)
-                low = middle + 1;
-            else
-                high = middle;
-        }
-        if (low == layout->count)
+    if (*at >= layout->count || want->first - layout->run[*at].first >= layout->run[*at].pages) {
+        *at = run_of(layout, want->first);
+        if (*at >= layout->count)
             return 0;
-        *at = low;
     }
-    const uint64_t end = want->first + want->pages, run_end = run[low].first + run[low].pages;
-    const uint64_t first = want->first > run[low].first ? want->first : run[low].first;
-    const uint64_t stop = end < run_end ? end : run_end;
-    if (first >= stop)
+    const struct dirty_run *run = &layout->run[*at];
+    const uint64_t before = run->first > want->first ? run->first - want->first : 0; /* pages of a hole */
+    if (before >= want->pages)
         return 0;
-    part->first = run[low].slot + (first - run[low].first);
-    part->pages = stop - first;
-    want->first = stop;
-    want->pages = end - stop;
-    return 1;
+    const uint64_t skip = want->first + before - run->first, room = run->pages - skip;
+    const uint64_t pages = want->pages - before < room ? want->pages - before : room;
+    *slot = run->slot + skip;
+    want->first += before + pages;
+    want->pages -= before + pages;
+    return pages;
 }
 
 int64_t dirty_clear_ranges(uint64_t *map, const struct dirty_layout *layout, const uint64_t *addr,
                            const uint64_t *len, uint64_t count)
 {
     int64_t cleared = 0;
-    uint64_t at = 0;
-    struct dirty_run part;
+    uint64_t at = 0, slot, n;
     for (uint64_t i = 0; i < count; i++) {
         struct dirty_run want = whole_pages(addr[i], len[i]);
-        while (next_part(layout, &at, &want, &part))
-            cleared += dirty_clear(map, part.first, part.pages);
+        while ((n = next_part(layout, &at, &want, &slot)))
+            cleared += dirty_clear(map, slot, n);
     }
     return cleared;
 }
@@ -130,12 +133,11 @@ int64_t dirty_set_ranges(uint64_t *map, const struct dirty_layout *layout, const
                          const uint64_t *len, uint64_t count)
 {
     int64_t set = 0;
-    uint64_t at = 0;
-    struct dirty_run part;
+    uint64_t at = 0, slot, n;
     for (uint64_t i = 0; i < count; i++) {
         struct dirty_run want = whole_pages(addr[i], len[i]);
-        while (next_part(layout, &at, &want, &part))
-            set += dirty_set(map, part.first, part.pages);
+        while ((n = next_part(layout, &at, &want, &slot)))
+            set += dirty_set(map, slot, n);
     }
     return set;
 }
@@ -189,12 +191,11 @@ void dirty_log_mark(uint64_t *log, uint64_t first, uint64_t n)
 void dirty_log_mark_ranges(uint64_t *log, const struct dirty_layout *layout, const uint64_t *addr,
                            const uint64_t *len, uint64_t count)
 {
-    uint64_t at = 0;
-    struct dirty_run part;
+    uint64_t at = 0, slot, n;
     for (uint64_t i = 0; i < count; i++) {
         struct dirty_run want = touched_pages(addr[i], len[i]);
-        while (next_part(layout, &at, &want, &part))
-            dirty_log_mark(log, part.first, part.pages);
+        while ((n = next_part(layout, &at, &want, &slot)))
+            dirty_log_mark(log, slot, n);
     }
 }
 
