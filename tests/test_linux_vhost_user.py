@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
-from linux_pair import ALL, LinuxPair, kernel_complains, linux_pair
+from linux_pair import ALL, MIB, LinuxPair, kernel_complains, linux_pair
 
 from balloon_dev.features import BalloonFeature, QueueRole
 from balloon_dev.hinting import HintState
@@ -107,3 +107,17 @@ def test_a_driver_says_its_messages_one_way_or_the_other(pair: LinuxPair, monkey
     pair.load()
     assert Request.GET_FEATURES not in said, "it ends rings without bit 30"
     assert Request.SET_VRING_KICK in said
+
+
+def test_a_back_end_that_ends_takes_the_device_along(tmp_path) -> None:
+    """As a `serve` that is started anew: the guest lives, does not connect again, and has not what it gave away."""
+    with linux_pair(tmp_path, memory=256 * MIB, features=WITH) as pair:
+        pair.set_target(5000)
+        assert pair.hint_round() > 20
+        free = pair.meminfo()
+        pair.backend.close()
+        pair._plug(WITH)
+        pair.until(lambda: not pair.run("ls /sys/bus/virtio/devices").strip(), what="the guest to miss its device")
+        assert not pair.backend.connected
+        assert pair.guest.alive(pair.serve)
+        assert pair.meminfo() < free + 20 * MIB

@@ -52,7 +52,7 @@ def test_memory_that_is_plugged_in_keeps_the_balloon(front: Front) -> None:
 
 def test_region_by_region(front: Front) -> None:
     assert vu.unpack_u64(front.ask(Request.GET_PROTOCOL_FEATURES), "") & ProtocolFeature.CONFIGURE_MEM_SLOTS
-    assert vu.unpack_u64(front.ask(Request.GET_MAX_MEM_SLOTS), "") == MAX_REGIONS
+    assert vu.unpack_u64(front.ask(Request.GET_MAX_MEM_SLOTS), "") == MAX_REGIONS >= 64
     fds = [more_memory() for _ in range(MAX_REGIONS - 1)]
     front.say(Request.ADD_MEM_REG, region(0).pack(), (front.memory.regions[0].fd,))
     for number, fd in enumerate(fds, 1):

@@ -28,12 +28,18 @@ class MemoryTable:
         UsageError, OSError
             If the regions cannot be guest memory.
         VhostUserError
-            If each has not its descriptor.
+            If each has not its descriptor, or one lies where the front end can have no memory.
         """
         if len(regions) != len(fds):
             raise VhostUserError(
                 f"vhost-user: a memory table names {len(regions)} regions and brings {len(fds)} descriptors"
             )
+        for region in regions:
+            if region.user_address + region.size > 1 << 64:
+                raise VhostUserError(
+                    f"vhost-user: region of {region.size} bytes at the front end's own address "
+                    f"{region.user_address:#x} does not end below 2^64"
+                )
         mapped = GuestMemory.from_fds(
             Region(r.gpa, r.size, fd, r.mmap_offset) for r, fd in zip(regions, fds, strict=True)
         )
