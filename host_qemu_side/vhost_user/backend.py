@@ -34,6 +34,8 @@ __all__ = ["VhostUserBackend"]
 log = logging.getLogger(__name__)
 READS_A_TURN = 64
 """Of one front end, before it is others' turn."""
+REFUSALS_TOLD = 20
+"""Of one connection, in warnings: a front end that is refused for ever fills no disk."""
 PROTOCOL_FEATURES = (
     ProtocolFeature.REPLY_ACK
     | ProtocolFeature.BACKEND_REQ
@@ -81,6 +83,7 @@ class VhostUserBackend:
         self._header: vu.Header | None = None
         self._buffer = bytearray()
         self._fds: list[int] = []
+        self._refusals = 0
 
     # -- connecting -----------------------------------------------------------------------------------------------
 
@@ -99,6 +102,7 @@ class VhostUserBackend:
         """Serve a front end that is connected already."""
         connection.setblocking(False)
         self._socket = connection
+        self._refusals = 0
         self.connections += 1
         self.loop.watch(connection.fileno(), self._readable)
 
@@ -254,7 +258,9 @@ class VhostUserBackend:
             raise VhostUserError(f"vhost-user: {header.name} failed: {failed}") from failed
         if failed is not None:
             self._rings.last_error = str(failed)
-            log.warning("vhost-user: %s refused: %s", header.name, failed)
+            self._refusals += 1
+            level = logging.WARNING if self._refusals <= REFUSALS_TOLD else logging.DEBUG
+            log.log(level, "vhost-user: %s refused: %s", header.name, failed)
         self._rings.wake()  # the guest has its reply
         self.deliver()
 
