@@ -105,7 +105,7 @@ class BalloonDriver(Hinting, Inflating, Reporting, Statistics):
         UsageError
             If there is no driver state in this RAM.
         DeviceError
-            If the device does not offer the features that were negotiated, or goes on where it would take buffers again.
+            If the device does not offer the features that were negotiated, or goes on where it takes buffers again.
         """
         driver = cls(manager, transport, **options)
         kernel = manager.kernel
