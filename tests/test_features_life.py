@@ -354,3 +354,18 @@ def test_frozen_guest_cannot_be_attached():
         pair.driver.freeze()
         with pytest.raises(UsageError, match="was not running"):
             BalloonDriver.attach(pair.manager, pair.transport, {})
+
+
+@pytest.mark.parametrize("off", [-1, 5, 0x8000])
+def test_a_device_that_goes_on_elsewhere_in_a_ring_is_refused(off):
+    """It would take buffers again that it gave back long ago: pages in use that were once inflated would be dropped."""
+    with Pair(ALL) as pair:
+        pair.settle()
+        pair.target(300)
+        bases = {i: q.next_avail - pair.device.held_buffers(i) & 0xFFFF for i, q in pair.device._queues.items()}
+        bases[0] = bases[0] + off & 0xFFFF
+        there = BalloonDevice(ALL)
+        there.set_memory(pair.host)
+        manager = MemoryManager.attach(pair.memory)
+        with pytest.raises(DeviceError, match=r"queue 0: a device cannot go on at avail index \d+"):
+            BalloonDriver.attach(manager, PairTransport(there, pair.host), bases, batch=4)

@@ -103,9 +103,9 @@ class BalloonDriver(Hinting, Inflating, Reporting, Statistics):
         Raises
         ------
         UsageError
-            If there is no driver state in this RAM, or a device that goes on at `bases` would take buffers again.
+            If there is no driver state in this RAM.
         DeviceError
-            If the device does not offer the features that were negotiated.
+            If the device does not offer the features that were negotiated, or goes on where it takes buffers again.
         """
         driver = cls(manager, transport, **options)
         kernel = manager.kernel
@@ -126,7 +126,7 @@ class BalloonDriver(Hinting, Inflating, Reporting, Statistics):
             driver._queues[role] = queue
             base = bases.get(index, queue.used_idx)
             if (base - queue.used_idx) & 0xFFFF > (queue.avail_idx - queue.used_idx) & 0xFFFF:
-                raise UsageError(
+                raise DeviceError(
                     f"a device cannot go on at avail index {base}: those from {queue.used_idx} up to {queue.avail_idx} "
                     "are in its hands",
                     queue=index,
