@@ -230,6 +230,9 @@ The stream is neither encrypted nor authenticated: listen where you trust who ca
     is_flag=True,
     help="Check the stream, do not go on with the guest. (From a socket this ends the guest: the source let go of it.)",
 )
+@click.option(
+    "--start", is_flag=True, help="Let a guest that was stopped at the source run here; else it stays stopped."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the result as one JSON object on stdout.")
 @click.option("-q", "--quiet", is_flag=True, help="Nothing on stderr but errors; without --json no result either.")
 @click.option("-v", "--verbose", count=True, help="Log more.")
@@ -239,6 +242,7 @@ def receive(
     address: str,
     keep: bool,
     no_resume: bool,
+    start: bool,
     as_json: bool,
     quiet: bool,
     verbose: int,
@@ -251,8 +255,9 @@ def receive(
     """
     with naming("ADDRESS"):
         where = parse_address(address)
-    if keep and no_resume:
-        raise click.UsageError("--keep and --no-resume exclude each other")
+    for given, option in ((keep, "--keep"), (start, "--start")):
+        if given and no_resume:
+            raise click.UsageError(f"{option} and --no-resume exclude each other")
     require_descriptors()
     set_up_logging(verbose, None)
 
@@ -260,7 +265,7 @@ def receive(
         if not quiet:
             print(f"balloon: {text}", file=sys.stderr, flush=True)
 
-    options = ReceiveOptions(where, not no_resume, keep, digests_fd, die_with_parent)
+    options = ReceiveOptions(where, not no_resume, start, keep, digests_fd, die_with_parent)
     try:
         facts = receive_guest(options, say)
     except PeerVanished:

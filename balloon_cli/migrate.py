@@ -15,6 +15,7 @@ from balloon_cli.errors import MISSING, InvariantFailed
 from balloon_cli.read_back import read_back
 from balloon_cli.signals import next_one_kills
 from balloon_dev.profiles import Profile
+from host_qemu_side import deadlines
 from host_qemu_side.migration import Cancelled, Limits, Migration
 from host_qemu_side.migration.connecting import connect
 from host_qemu_side.migration.output import FileOutput, SocketOutput
@@ -24,8 +25,6 @@ from host_qemu_side.witness import Witness
 from vring.errors import MissingFacility, PeerVanished, VirtioError
 
 __all__ = ["MigrateOptions", "Progress", "migrate_all", "places", "spawn_receiver"]
-
-REPORT_TIMEOUT = 120.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -260,12 +259,11 @@ def migrate_python(
                         header={"guest": "python", "resume": resume},
                         on_step=lambda m, w: progress.step(m, w, host),
                         at_pause=lambda: guest.status,
-                        report_timeout=REPORT_TIMEOUT,
+                        report_timeout=deadlines.REPORT,
                         stop_requested=stopped,
                     )
             except (VirtioError, OSError, MemoryError) as error:
-                gone = "the guest was handed over and does not go on here"
-                error.add_note(gone if host.handed_over else _whole_again(guest, progress))
+                error.add_note(host.whereabouts or _whole_again(guest, progress))
                 raise
             if isinstance(output, FileOutput):
                 progress.say("another process reads the file back and goes on with the guest")
@@ -292,22 +290,21 @@ def _whole_again(guest: PythonGuest, progress: Progress) -> str:
         return "there is no guest to go on with"
     try:
         guest.loop.run_until(lambda: _hints_freed(guest), 5.0, "the guest to free its hinted pages")
-        guest.ask("check", "checked")
+        checked = guest.check()
     except (VirtioError, OSError) as error:
         raise InvariantFailed(f"the migration failed and the source's guest is not whole: {error}") from error
-    assert guest.checked is not None
     text = (
-        f"the source's guest goes on: {guest.checked['pages']} allocated pages checked, "
-        f"{guest.checked['wrong']} wrong, no page held for hints"
+        f"the source's guest goes on: {checked['pages']} allocated pages checked, "
+        f"{checked['wrong']} wrong, no page held for hints"
     )
-    if guest.checked["wrong"]:
+    if checked["wrong"]:
         raise InvariantFailed(f"the migration failed and {text}")
     progress.say(text)
     return text
 
 
 def _hints_freed(guest: PythonGuest) -> bool:
-    return int(guest.ask("status", "status", 5.0)["hinted_pages"]) == 0
+    return int(guest.ask("status", 5.0)["hinted_pages"]) == 0
 
 
 def judge_file(outcome: Outcome, path: str, tick: Callable[[], None]) -> dict[str, Any]:

@@ -12,13 +12,13 @@ from typing import Any
 from balloon_cli.guests import require_room
 from balloon_cli.signals import next_one_kills
 from guest_driver.process import die_with_parent as bind_to_parent
-from host_qemu_side.destination import accept, receive, resume
+from host_qemu_side.destination import Resumption, accept, receive
 from host_qemu_side.linux_guest import tags
 from host_qemu_side.migration.address import Address
 from host_qemu_side.migration.receiver import Receiver, ReceiverState
 from host_qemu_side.migration.records import Header, Ready, Report, TagsFound
 from host_qemu_side.migration.stream import StreamError
-from host_qemu_side.saved import SavedGuest, resume_arguments
+from host_qemu_side.saved import resume_arguments
 from vring.contents import digests_in_order
 from vring.errors import PeerVanished, UsageError, VirtioError, quoted
 from vring.peer import survive_lost_memory
@@ -33,6 +33,8 @@ class ReceiveOptions:
     address: Address
     resume: bool = True
     """Whether to go on with the guest."""
+    start: bool = False
+    """Whether a guest that was stopped at the source runs here."""
     keep: bool = False
     """Whether it runs on after the checks until Ctrl-C."""
     digests_fd: int = -1
@@ -89,34 +91,40 @@ def receive_guest(options: ReceiveOptions, say: Callable[[str], None] = lambda t
         bind_to_parent()
     survive_lost_memory()
     with _Interrupts() as interrupts:
-        receiver = Receiver(on_header=_look_at_header(options), inspect=_inspect(options))
+        resumption = Resumption(start=options.start) if options.resume else None
+        receiver = Receiver(
+            on_header=_look_at_header(options),
+            inspect=_inspect(options),
+            prepare=resumption.prepare if resumption is not None else lambda now: None,
+        )
         source = accept(
             options.address,
-            receiver.hello(),
+            receiver.hello(launches=resumption is not None),
             announce=lambda where: say(f"waiting for a migration at {where} (Ctrl-C to stop)"),
             on_stranger=lambda why: say(f"somebody connected, but {why}; still waiting for a migration"),
         )
         facts: dict[str, Any] = {}
+
         try:
             try:
-                receive(source, receiver, on_record=_narrator(receiver, say))
+                receive(source, receiver, resumption, on_record=_narrator(receiver, say))
             except VirtioError as error:
                 raise _with_place(error, options.address, receiver) from error
             facts |= _facts(receiver, options)
             if receiver.state is ReceiverState.CANCELLED:
                 raise PeerVanished(f"the source at {options.address} gave up: {receiver.cancelled}")
-            if options.digests_fd >= 0:
-                _write_digests(receiver, options.digests_fd)
-            if receiver.state is ReceiverState.COMMITTED and options.resume:
-                _go_on(source, receiver, facts, options, interrupts, say)
+            if receiver.state is ReceiverState.COMMITTED and resumption is not None:
+                _go_on(source, receiver, resumption, facts, options, interrupts, say)
             elif receiver.state is ReceiverState.COMMITTED:
                 _tell(source, receiver.report(Report()))
         except KeyboardInterrupt:
-            if not receiver.complete:
+            if not receiver.complete or not (resumption is None or resumption.started):
                 _tell(source, receiver.refuse("interrupted at the destination"))
             raise
         finally:
             source.close()
+            if resumption is not None:
+                resumption.close()
             if receiver.memory is not None:
                 receiver.memory.close()
     return facts
@@ -140,14 +148,14 @@ def _look_at_header(options: ReceiveOptions) -> Callable[[Header], None]:
 
 
 def _inspect(options: ReceiveOptions) -> Callable[[Receiver], Ready]:
-    """Return a callback that judges what can be judged before the guest is taken: its state, a Linux guest's tags."""
+    """Return a callback that judges what can be judged of memory as it came: a Linux guest's tags."""
 
     def inspect(receiver: Receiver) -> Ready:
         header, memory = receiver.header, receiver.memory
         assert header is not None
         assert memory is not None
-        if header.hand_over and options.resume:
-            SavedGuest.from_json(receiver.device_state)
+        if options.digests_fd >= 0:
+            _write_digests(receiver, options.digests_fd)  # memory is as it came here
         if header.guest != "linux":
             return Ready()
         try:
@@ -180,28 +188,25 @@ def _facts(receiver: Receiver, options: ReceiveOptions) -> dict[str, Any]:
 def _go_on(
     source: Any,
     receiver: Receiver,
+    resumption: Resumption,
     facts: dict[str, Any],
     options: ReceiveOptions,
     interrupts: _Interrupts,
     say: Callable[[str], None],
 ) -> None:
-    def checked(found: dict[str, Any]) -> None:
-        facts["resumed"] = found
-        _tell(source, receiver.report(Report.from_json(found)))
+    try:
+        resumption.start()
+        say("the guest runs here" if resumption.running else "the guest is here, stopped as it was; --start starts it")
+        facts["resumed"] = resumption.examine()
+        _tell(source, receiver.report(Report.from_json(facts["resumed"])))
         if options.keep:
             interrupts.keeping = True  # before anybody is told that Ctrl-C is fine
-            say("the guest was checked and runs on; Ctrl-C ends it")
-
-    try:
-        resume(
-            receiver,
-            announce=say,
-            on_checked=checked,
-            keep_running=(lambda: not interrupts.asked) if options.keep else None,
-        )
+            say(f"the guest was checked and {'runs on' if resumption.running else 'is kept'}; Ctrl-C ends it")
+            resumption.serve_while(lambda: not interrupts.asked)
     except VirtioError as error:
         if facts["resumed"] is None:
-            _tell(source, receiver.refuse(str(error), vanished=isinstance(error, PeerVanished)))
+            vanished = isinstance(error, PeerVanished)
+            _tell(source, receiver.refuse(str(error), vanished=vanished, started=resumption.started))
         raise
 
 

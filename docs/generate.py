@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import ast
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 from balloon_dev.hinting import TABLE, Action, HintState
+from host_qemu_side import deadlines
 
 DOCS = Path(__file__).resolve().parent
 BEGIN, END = "<!-- generated: {} -->", "<!-- end -->"
@@ -31,7 +34,18 @@ def table() -> str:
     return "\n".join(lines)
 
 
-PARTS = {"hinting.md": {"diagram": diagram, "table": table}}
+def waits() -> str:
+    """Return the waits of a migration, and what the file that has them says of each."""
+    lines = ["| wait | seconds | |", "|---|---|---|"]
+    body = ast.parse(Path(deadlines.__file__).read_text()).body
+    for name, said in pairwise(body):
+        if isinstance(name, ast.Assign) and isinstance(said, ast.Expr) and isinstance(said.value, ast.Constant):
+            wait = ast.unparse(name.targets[0])
+            lines.append(f"| {wait} | {getattr(deadlines, wait):g} | {' '.join(str(said.value.value).split())} |")
+    return "\n".join(lines)
+
+
+PARTS = {"hand-over.md": {"deadlines": waits}, "hinting.md": {"diagram": diagram, "table": table}}
 
 
 def rendered(name: str) -> str:

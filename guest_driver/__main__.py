@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import logging
 import signal
 import sys
@@ -92,7 +91,6 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--control-fd", default=-1, type=int, help=argparse.SUPPRESS)
     parser.add_argument("--ram-fd", default=-1, type=int, help=argparse.SUPPRESS)
-    parser.add_argument("--bases", default="{}", type=json.loads, help=argparse.SUPPRESS)
     parser.add_argument("--die-with-parent", action="store_true", help="be killed when the parent process dies")
     parser.add_argument("-v", "--verbose", action="count", default=0)
     args = parser.parse_args(arguments)
@@ -117,7 +115,6 @@ def main(arguments: list[str] | None = None) -> int:
         reconnect=args.reconnect,
         control=args.control_fd,
         ram=args.ram_fd,
-        bases={int(k): int(v) for k, v in args.bases.items()},
     )
     guest = None
     try:

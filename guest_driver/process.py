@@ -2,7 +2,11 @@
 
 A host that launches it holds the other end of a control channel (a SOCK_SEQPACKET socket, one JSON object a message)
 and can pause and resume it; without one it runs until the device goes away. Pausing is cooperative: it is acknowledged
-at a step boundary, and from then on this process stores nothing to guest RAM until it is resumed.
+at a step boundary, and from then on this process stores nothing to guest RAM until it is resumed. Commands are
+numbered and obeyed in order; an answer names the command it is for.
+
+A guest that was received (`GuestOptions.ram`) waits, its memory mapped, for the command ``attach``: its RAM is complete
+then. It takes everything over and stays paused: it has not run before the first ``resume``.
 """
 
 from __future__ import annotations
@@ -16,7 +20,7 @@ import os
 import signal
 import socket
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -28,9 +32,10 @@ from guest_driver.memory_manager import MemoryManager, Owner
 from guest_driver.vhost_user import VhostUserTransport
 from guest_driver.waiting import wait_readable, waiter
 from guest_driver.workloads import Workload
+from vring.decode import U16, Fields, parse_json
 from vring.dirty import wp_async
 from vring.dirty.software import SoftwareDirtyLog
-from vring.errors import MissingFacility, PeerVanished, UsageError
+from vring.errors import DeviceError, MissingFacility, PeerVanished, UsageError, VirtioError
 from vring.memory import GuestMemory, Region
 
 __all__ = ["GuestOptions", "GuestProcess"]
@@ -39,11 +44,39 @@ log = logging.getLogger(__name__)
 SLICE_STEPS = 64
 """Driver steps before the loop looks at the control channel again."""
 MAX_MESSAGE = 1 << 16
+MAX_QUEUES = 64
+COMMANDS = ("attach", "check", "pause", "quit", "resume", "status")
 PR_SET_PDEATHSIG = 1
 
 
 class HostVanished(PeerVanished):
     """Who launched this guest is gone; not to be mixed up with the device, which may come back."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Command:
+    """What the host said, checked."""
+
+    name: str
+    number: int
+    """Higher than that of any command before."""
+    bases: dict[int, int]
+    """For ``attach``: avail index of each queue, as the device saved them."""
+
+    @classmethod
+    def decode(cls, data: bytes, last: int) -> _Command:
+        """Take a message apart; `last` is the number of the command before.
+
+        Raises
+        ------
+        DeviceError
+            If it is none.
+        """
+        what = "command of the host"
+        fields = Fields(parse_json(data, what, refusal=DeviceError, most=MAX_MESSAGE), what, DeviceError)
+        name = fields.choice("command", {name: name for name in COMMANDS})
+        bases = dict(fields.pairs("bases", MAX_QUEUES, U16, default=[]))
+        return cls(name, fields.integer("number", last + 1), bases)
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,8 +103,6 @@ class GuestOptions:
     """Descriptor of the control channel, -1 for none."""
     ram: int = -1
     """Descriptor of RAM that holds a migrated guest to go on with, -1 to boot a fresh one."""
-    bases: dict[int, int] = field(default_factory=dict)
-    """With `ram`: avail index of each queue, as the device saved them."""
     queue_sizes: tuple[int, ...] = (1024,) * 5
     """Largest sizes by queue number; the profile's hold as well."""
 
@@ -85,8 +116,9 @@ class GuestProcess:
         if options.control >= 0:
             self._control = socket.socket(fileno=options.control)
             self._control.setblocking(False)
-        self._paused = False
-        self._quit = False
+        self._paused = self._quit = False
+        self._attached = options.ram < 0
+        self._last_command = 0
         self._set_up = False
         self._protection: wp_async.WriteProtection | None = None
         self._shared_log: mmap.mmap | None = None
@@ -111,46 +143,59 @@ class GuestProcess:
         if self._control is None:
             return False
         try:
-            data = self._control.recv(MAX_MESSAGE)
+            data = self._control.recv(MAX_MESSAGE + 1)
         except BlockingIOError:
             return False
         except OSError as error:
             raise HostVanished(f"the host closed the control channel: {error.strerror}") from error
         if not data:
             raise HostVanished("the host closed the control channel")
-        command = json.loads(data)
-        log.debug("guest: command %s", command)
-        handlers = {
-            "pause": self._pause,
-            "resume": self._resume,
-            "status": lambda: self._tell("status", **self._status()),
-            "check": self._check,
-            "quit": self._stop,
-        }
-        handler = handlers.get(command.get("command"))
-        if handler is None:
-            raise UsageError(f"the host sent the unknown command {command!r}")
-        handler()
+        command = _Command.decode(data, self._last_command)
+        self._last_command = command.number
+        log.debug("guest: %s", command)
+        if self._attached == (command.name == "attach") and command.name != "quit":
+            raise DeviceError(
+                f"the host said {command.name!r} to a guest that is {'' if self._attached else 'not '}whole"
+            )
+        if command.name == "attach":
+            try:
+                self._attach(command.bases)
+            except VirtioError as error:
+                self._answer("failed", why=str(error))
+                raise
+            self._answer("attached", **self._status())
+        elif command.name == "pause":
+            self._pause()
+        elif command.name == "resume":
+            self._resume()
+        elif command.name == "check":
+            self._check()
+        elif command.name == "status":
+            self._answer("status", **self._status())
+        else:
+            self._quit = True
         return True
 
-    def _stop(self) -> None:
-        self._quit = True
+    def _answer(self, event: str, **facts: Any) -> None:
+        """Answer the last command."""
+        self._tell(event, answers=self._last_command, **facts)
 
     def _pause(self) -> None:
         self._clock[0] = self._guest_time()  # before it counts as paused: the time since the last resume is in it
         self._paused = True
-        self._tell("paused", **self._status())
+        self._answer("paused", **self._status())
 
     def _resume(self) -> None:
-        self._paused = False
-        self._resumed_at = time.monotonic()
-        self._tell("resumed")
+        if self._paused:
+            self._paused = False
+            self._resumed_at = time.monotonic()
+        self._answer("resumed")
 
     def _check(self) -> None:
         """Check the allocator and the content of every page the workload owns."""
         self.manager.verify()
         result = self.workload.check()
-        self._tell("checked", pages=result.pages, wrong=result.wrong, first_wrong=result.first_wrong)
+        self._answer("checked", pages=result.pages, wrong=result.wrong)
 
     def _status(self) -> dict[str, Any]:
         owners = self.manager.pages_by_owner()
@@ -168,43 +213,66 @@ class GuestProcess:
     # -- starting -------------------------------------------------------------------------------------------------
 
     def boot(self) -> None:
-        """Make or take over the RAM, connect to the device, set up the workload."""
+        """Make the RAM, connect to the device, set up the workload; or wait for what a received guest needs.
+
+        Raises
+        ------
+        VirtioError
+            If this machine, the device, the host, or the RAM that was received is not as it has to be.
+        """
         options = self.options
         if options.ram >= 0:
             self.memory = GuestMemory.from_fds([Region(0, os.fstat(options.ram).st_size, options.ram)])
-            self.manager = MemoryManager.attach(self.memory)
-        else:
-            self.memory = GuestMemory.create(options.memory)
-            self.manager = MemoryManager.create(self.memory, seed=options.seed)
-            self.manager.kernel.reserve("clock", 8, 8)
-        clock = self.manager.kernel.find("clock")
-        if clock is None:
-            raise UsageError("the RAM holds no guest of this program: there is no clock in its kernel area")
-        self._clock = self.memory.array(clock, 1, np.float64)
-        self._resumed_at = time.monotonic()
+            self._tell("waiting")
+            while not (self._attached or self._quit):
+                self._obey()
+                if not self._attached and self._control is not None:
+                    wait_readable([self._control.fileno()], 1.0)
+            return
+        self.memory = GuestMemory.create(options.memory)
+        self.manager = MemoryManager.create(self.memory, seed=options.seed)
+        self.manager.kernel.reserve("clock", 8, 8)
+        self._find_clock()
         self._introduce()
-        if options.ram < 0 and options.poison is not None:
+        if options.poison is not None:
             self.manager.poison = options.poison
             self.manager.poison_free_pages()  # log and journal see it
         self.transport = self._connect()
-        common: dict[str, Any] = {"profile": options.profile, "batch": options.batch, "free_at": options.free_at}
-        if options.ram >= 0:
-            self.driver = BalloonDriver.attach(self.manager, self.transport, options.bases, **common)
-            self.workload = Workload.attach(self.manager)
-        else:
-            self.driver = BalloonDriver(self.manager, self.transport, features=options.features, **common)
-            self.driver.probe()
-            self.workload = Workload.create(self.manager, options.workload, seed=options.seed)
+        self.driver = BalloonDriver(self.manager, self.transport, features=options.features, **self._driver_options)
+        self.driver.probe()
+        self.workload = Workload.create(self.manager, options.workload, seed=options.seed)
         while not self.workload.setup_step():
             try:
                 self._serve_driver()
             except PeerVanished as error:
                 self._reconnect(error)
-            self._listen()
-            if self._quit:
-                return
+            while self._obey():
+                if self._quit:
+                    return
         self._set_up = True
         self._tell("ready", **self._status())
+
+    def _attach(self, bases: dict[int, int]) -> None:
+        """Take over the guest in the RAM, which is complete now. It counts as paused: nothing of it runs yet."""
+        self.manager = MemoryManager.attach(self.memory)
+        self._find_clock()
+        self._paused = True
+        self._introduce()
+        self.transport = self._connect()
+        self.driver = BalloonDriver.attach(self.manager, self.transport, bases, **self._driver_options)
+        self.workload = Workload.attach(self.manager)
+        self._attached = self._set_up = True
+
+    def _find_clock(self) -> None:
+        clock = self.manager.kernel.find("clock")
+        if clock is None:
+            raise UsageError("the RAM holds no guest of this program: there is no clock in its kernel area")
+        self._clock = self.memory.array(clock, 1, np.float64)
+        self._resumed_at = time.monotonic()
+
+    @property
+    def _driver_options(self) -> dict[str, Any]:
+        return {"profile": self.options.profile, "batch": self.options.batch, "free_at": self.options.free_at}
 
     def _connect(self) -> VhostUserTransport:
         return VhostUserTransport(self.options.socket, self.memory, queue_sizes=self.options.queue_sizes)

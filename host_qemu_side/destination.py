@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import json
 import select
 import socket
 import time
@@ -16,21 +15,22 @@ from balloon_dev.device import BalloonDevice
 from balloon_dev.features import BalloonFeature
 from balloon_dev.hinting import HintState
 from balloon_dev.profiles import profile_named
+from host_qemu_side import deadlines
+from host_qemu_side.deadlines import SILENCE
 from host_qemu_side.discard.current import CurrentDiscarder
 from host_qemu_side.loop import Loop
+from host_qemu_side.migration import MIN_BANDWIDTH
 from host_qemu_side.migration.address import Address
-from host_qemu_side.migration.receiver import Receiver
-from host_qemu_side.migration.stream import StreamReader
+from host_qemu_side.migration.receiver import Receiver, ReceiverState
+from host_qemu_side.migration.stream import StreamError, StreamReader
 from host_qemu_side.python_guest import PythonGuest
 from host_qemu_side.saved import SavedGuest, resume_arguments
 from host_qemu_side.vhost_user import VhostUserBackend
-from vring.errors import PeerVanished, UsageError, VirtioError
+from vring.errors import MissingFacility, PeerVanished, UsageError, VirtioError
 from vring.unix_socket import UnixListener, adopted
 
-__all__ = ["accept", "receive", "resume"]
+__all__ = ["Resumption", "accept", "receive"]
 
-SILENCE = 60.0
-"""Seconds a source may be silent in the middle of a stream, and a connection before its first word."""
 MOST_WAITING = 16
 """Connections that are kept before any of them has said a word."""
 
@@ -43,17 +43,23 @@ class _Source:
         if sock is not None:
             sock.settimeout(SILENCE)
 
-    def read(self, into: memoryview) -> int:
-        """Read what there is, at most as much as fits; return how many bytes, 0 at the end."""
+    def read(self, into: memoryview, until: float) -> int:
+        """Read what there is and fits, waiting until a monotonic time; return how many bytes, 0 at the end."""
         if self._file is not None:
             return self._file.readinto(into) or 0
         assert self._socket is not None
         try:
+            self._socket.settimeout(max(until - time.monotonic(), 0.001))
             return self._socket.recv_into(into)
         except TimeoutError as error:
-            raise PeerVanished(f"the source was silent for {SILENCE:g} s") from error
+            raise PeerVanished(f"the source was silent for {SILENCE:g} s, or nearly") from error
         except OSError as error:
             raise PeerVanished(f"the source is gone: {error.strerror or error}") from error
+
+    @property
+    def is_file(self) -> bool:
+        """Whether nobody is there to be answered."""
+        return self._socket is None
 
     def fileno(self) -> int:
         """Return the socket's descriptor, to wait for."""
@@ -83,6 +89,7 @@ class _Source:
         if self._socket is None:
             return
         try:
+            self._socket.settimeout(SILENCE)  # for each buffer as a whole
             for buffer in buffers:
                 self._socket.sendall(buffer)
         except OSError as error:
@@ -200,126 +207,242 @@ def _listen_tcp(address: Address) -> socket.socket:
     raise UsageError(f"cannot listen on {address}: {why}") from failed
 
 
-def receive(source: _Source, receiver: Receiver, *, on_record: Callable[[Receiver], None] = lambda r: None) -> None:
+def receive(
+    source: _Source,
+    receiver: Receiver,
+    resumption: Resumption | None = None,
+    *,
+    on_record: Callable[[Receiver], None] = lambda r: None,
+) -> None:
     """Read the stream to its end, from a source that was greeted.
+
+    Parameters
+    ----------
+    source, receiver
+        From where and to whom.
+    resumption
+        Who goes on with the guest, if anybody: it is launched meanwhile, and is prepared by the receiver.
+    on_record
+        Called when a record has taken effect.
 
     Raises
     ------
     StreamError, PeerVanished
-        If it is damaged or cut off; the source has been told.
+        If it is damaged, cut off or comes too slowly; the source has been told.
+    VirtioError
+        If the guest cannot go on here; the source has been told.
     """
     reader = StreamReader(reuse=True)
+    began, got = time.monotonic(), 0
     try:
         while not receiver.complete:
             record = reader.next()
             if record is None:
-                size = source.read(reader.room())
+                until = began + SILENCE + got / MIN_BANDWIDTH
+                if resumption is not None and resumption.wait_launched(source, until):
+                    source.answer(receiver.launched())
+                size = source.read(reader.room(), until)
                 if not size:
                     raise PeerVanished(f"the stream is cut off {reader.position} (state: {receiver.state.value})")
                 reader.filled(size)
+                got += size
                 continue
             answer = receiver.handle(record)
             if answer:
                 source.answer(answer)
+            if resumption is not None and receiver.hands_over and not resumption.launched:
+                resumption.launch(receiver)
             on_record(receiver)
+            began, got = time.monotonic(), 0
     except VirtioError as error:
         with contextlib.suppress(PeerVanished):
-            source.answer(receiver.refuse(str(error)))
+            source.answer(receiver.refuse(str(error), started=receiver.state is ReceiverState.COMMITTED))
         raise
 
 
-def resume(
-    receiver: Receiver,
-    *,
-    run_for: float = 0.5,
-    announce: Callable[[str], None] = lambda text: None,
-    on_checked: Callable[[dict[str, Any]], None] = lambda facts: None,
-    keep_running: Callable[[], bool] | None = None,
-) -> dict[str, Any]:
-    """Go on with a received guest, and see that it does well.
+class Resumption:
+    """A received guest on its way to run here.
 
-    The guest checks every page it has allocated, runs on, answers a run of hints, and is checked again.
+    It is launched when the header has come, so that its process is up when its memory is; it is made whole, with its
+    device, before READY; and it starts on COMMIT, not before. Everything that can fail has then been done.
 
     Parameters
     ----------
-    receiver
-        In state COMMITTED.
-    run_for
-        Seconds to let the workload go on before the hint run and again after it.
-    announce
-        Told what happens.
-    on_checked
-        Told the result when the checks are over.
-    keep_running
-        Called over and over after the checks; the guest runs on while it returns True.
-
-    Returns
-    -------
-    dict
-        JSON values: pages checked and wrong, blocks of the hint run, pages written since.
-
-    Raises
-    ------
-    VirtioError
-        If the guest or the device cannot go on.
+    start
+        Whether a guest that was stopped at the source runs here.
     """
-    assert receiver.memory is not None
-    assert receiver.header is not None
-    memory, saved = receiver.memory, SavedGuest.from_json(receiver.device_state)
-    device = BalloonDevice(saved.device.offered, profile=profile_named(saved.device.profile))
-    bases = {ring.index: ring.base for ring in saved.transport.rings}
-    arguments = resume_arguments(receiver.header)
-    device.discard = CurrentDiscarder(lambda: memory, lambda: bool(device.negotiated & BalloonFeature.MUST_TELL_HOST))
-    loop = Loop()
 
-    def go_on() -> None:
-        device.load(saved.device)
-        backend.resume(bases)
+    def __init__(self, *, start: bool = False) -> None:
+        self._loop = Loop()
+        self._start_stopped = start
+        self._backend: VhostUserBackend | None = None
+        self._device: BalloonDevice | None = None
+        self._guest: PythonGuest | None = None
+        self._running = True
+        self._told = False
+        self.started = False
+        """Whether COMMIT was obeyed: the guest may have run here."""
 
-    backend = VhostUserBackend(device, loop, on_memory=go_on)
-    guest = None
-    try:
-        guest = PythonGuest(loop, backend, None, [*arguments, "--bases", json.dumps(bases)], ram=memory.regions[0].fd)
-        guest.wait_ready()
-        announce("the guest runs here")
+    @property
+    def launched(self) -> bool:
+        """Whether the guest's process was started."""
+        return self._guest is not None
+
+    @property
+    def running(self) -> bool:
+        """Whether the guest runs once it is started."""
+        return self._running
+
+    def launch(self, receiver: Receiver) -> None:
+        """Start the guest's process, once the header has come; it waits for its memory to be complete.
+
+        Raises
+        ------
+        StreamError
+            If this program has no use for such a guest.
+        MissingFacility
+            If this machine cannot run it.
+        """
+        assert receiver.memory is not None
+        assert receiver.header is not None
+        arguments = resume_arguments(receiver.header)
+        try:
+            self._guest = PythonGuest(self._loop, None, None, arguments, ram=receiver.memory.regions[0].fd)
+        except OSError as error:
+            raise MissingFacility(f"the guest cannot be launched here: {error.strerror}") from error
+
+    def wait_launched(self, source: _Source, until: float) -> bool:
+        """Wait until a monotonic time, or until the source says more, or the guest's process is up: True, once.
+
+        Raises
+        ------
+        VirtioError
+            If the process is gone.
+        """
+        guest = self._guest
+        if guest is None or self._told or source.is_file:
+            return False
+        said: list[None] = []
+        self._loop.watch(source.fileno(), lambda: said.append(None))
+        try:
+            while not said and not guest.waiting and time.monotonic() < until:
+                guest.check_alive()
+                self._loop.run_once(min(max(until - time.monotonic(), 0.0), 0.1))
+        finally:
+            self._loop.unwatch(source.fileno())
+        self._told = guest.waiting
+        return self._told
+
+    def prepare(self, receiver: Receiver) -> None:
+        """Make the guest whole, with its device, and see that both answer; nothing runs yet.
+
+        Raises
+        ------
+        VirtioError
+            If it cannot go on here.
+        """
+        assert receiver.memory is not None
+        assert self._guest is not None
+        memory, saved = receiver.memory, SavedGuest.from_json(receiver.device_state)
+        self._running = saved.running or self._start_stopped
+        try:
+            device = BalloonDevice(saved.device.offered, profile=profile_named(saved.device.profile))
+            device.set_memory(memory)
+            device.load(saved.device)  # again when the guest has connected; but this says what is wrong
+        except UsageError as error:
+            raise StreamError(f"the guest cannot go on here: {error}") from error
+        device.discard = CurrentDiscarder(
+            lambda: memory, lambda: bool(device.negotiated & BalloonFeature.MUST_TELL_HOST)
+        )
+        self._device = device
+        bases = {ring.index: ring.base for ring in saved.transport.rings}
+
+        def connected() -> None:
+            device.load(saved.device)
+            backend.resume(bases)
+
+        self._backend = backend = VhostUserBackend(device, self._loop, on_memory=connected)
+        backend.hold()
+        self._guest.attach(backend, bases)
+
+    def start(self) -> None:
+        """Obey COMMIT: the guest runs, unless it was stopped at the source.
+
+        Raises
+        ------
+        PeerVanished
+            If it is gone; if it is not `started` it has never run here.
+        """
+        assert self._guest is not None
+        self._guest.check_alive()
+        self.started = True
+        if self._running:
+            self._guest.thaw()
+
+    def examine(self, run_for: float = 0.5) -> dict[str, Any]:
+        """See that the guest does well; return what was found as JSON values.
+
+        It checks every page it has allocated. One that runs goes on for a while, answers a run of hints, and is
+        checked again.
+
+        Parameters
+        ----------
+        run_for
+            Seconds to let the workload go on before the hint run and again after it.
+
+        Raises
+        ------
+        VirtioError
+            If the guest or the device cannot go on.
+        """
+        assert self._guest is not None
+        guest = self._guest
         allocated = int(guest.status["allocated_pages"])
         written = int(guest.status["pages_written"])
-        first = _checked(guest)
+        first = guest.check(deadlines.CHECK)
         facts: dict[str, Any] = {
+            "running": self._running,
             "pages_checked": first["pages"],
             "pages_wrong": first["wrong"],
             "allocated_pages": allocated,
         }
+        if not self._running:
+            return facts
         guest.run_for(run_for)
-        status = guest.ask("status", "status")
-        facts["hinted_pages_after_done"] = status["hinted_pages"]
-        if device.hinting_negotiated:
-            facts["hint_run"] = _hint_run(loop, backend, device)
+        facts["hinted_pages_after_done"] = guest.ask("status")["hinted_pages"]
+        assert self._backend is not None
+        assert self._device is not None
+        if self._device.hinting_negotiated:
+            facts["hint_run"] = _hint_run(self._loop, self._backend, self._device)
         guest.run_for(run_for)
-        second = _checked(guest)
-        status = guest.ask("status", "status")
-        facts |= {
+        second = guest.check(deadlines.CHECK)
+        status = guest.ask("status")
+        return facts | {
             "pages_checked_again": second["pages"],
             "pages_wrong_again": second["wrong"],
             "pages_written_since": int(status["pages_written"]) - written,
             "hinted_pages_left": status["hinted_pages"],
         }
-        on_checked(facts)
-        if keep_running is not None:
-            while keep_running():
-                guest.run_for(0.2)
-        return facts
-    finally:
-        if guest is not None:
-            guest.close()
-        backend.close()
-        loop.close()
 
+    def serve_while(self, wanted: Callable[[], bool]) -> None:
+        """Serve the guest while it is wanted.
 
-def _checked(guest: PythonGuest) -> dict[str, Any]:
-    guest.ask("check", "checked", 120.0)
-    assert guest.checked is not None
-    return guest.checked
+        Raises
+        ------
+        PeerVanished
+            If it is gone.
+        """
+        assert self._guest is not None
+        while wanted():
+            self._guest.run_for(0.2)
+
+    def close(self) -> None:
+        """End the guest, if there is one, and its device."""
+        if self._guest is not None:
+            self._guest.close()
+        if self._backend is not None:
+            self._backend.close()
+        self._loop.close()
 
 
 def _hint_run(loop: Loop, backend: VhostUserBackend, device: BalloonDevice) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -17,8 +17,17 @@ import numpy.typing as npt
 from balloon_dev.device import BalloonDevice
 from balloon_dev.features import QueueRole
 from balloon_dev.oracle import Verdict
+from host_qemu_side import deadlines
 from host_qemu_side.loop import READ, WRITE
-from host_qemu_side.migration import Cancelled, DeviceHints, GuestControl, Limits, Migration, MigrationResult
+from host_qemu_side.migration import (
+    MIN_BANDWIDTH,
+    Cancelled,
+    DeviceHints,
+    GuestControl,
+    Limits,
+    Migration,
+    MigrationResult,
+)
 from host_qemu_side.migration.output import FileOutput, SocketOutput
 from host_qemu_side.migration.records import Hello, Ready, Refused, Report
 from host_qemu_side.migration.stream import Kind, Record, StreamError
@@ -30,9 +39,6 @@ from vring.errors import PeerVanished
 __all__ = ["BackendHints", "GuestHandle", "MigrationRunner", "Outcome", "RunnerPhase"]
 
 U64 = npt.NDArray[np.uint64]
-HELLO_TIMEOUT = 15.0
-SILENCE = 60.0
-"""Seconds a destination may take nothing of what is sent before it counts as gone."""
 POLL = 0.1
 """Seconds at most between two looks at a destination that is waited for."""
 
@@ -114,10 +120,12 @@ class MigrationRunner:
         False for a guest that cannot go on elsewhere.
     at_pause
         Called when the guest is frozen for the last time; what it returns is in the outcome.
+    running
+        Whether the guest is to run at the destination; called when it is frozen for the last time.
     report_timeout
-        Seconds to wait for the destination to say how the guest does there; 0: do not.
+        Seconds to wait for the destination to say how the guest does there; 0: do not, nor whether it gives it back.
     silence
-        Seconds the destination may say no hello, or take nothing of what is sent, before it counts as gone.
+        Seconds the destination may say no hello, or take next to nothing of what is sent, before it counts as gone.
 
     Notes
     -----
@@ -139,13 +147,14 @@ class MigrationRunner:
         header: dict[str, Any] | None = None,
         hand_over: bool = True,
         at_pause: Callable[[], dict[str, Any]] = dict,
+        running: Callable[[], bool] = lambda: True,
         report_timeout: float = 0.0,
-        silence: float = SILENCE,
+        silence: float = deadlines.SILENCE,
     ) -> None:
         assert backend.memory is not None
         self._loop, self._guest, self._output = backend.loop, guest, output
         self._report_timeout, self._silence = report_timeout, silence
-        self._hello_timeout = min(silence, HELLO_TIMEOUT)
+        self._hello_timeout = min(silence, deadlines.HELLO)
         self._sent, self._sent_at = 0, time.monotonic()
         self._watched = output.fileno() if isinstance(output, SocketOutput) else -1
         self._clock = MigrationClock()
@@ -159,7 +168,7 @@ class MigrationRunner:
 
         def state() -> dict[str, Any]:
             self.outcome.guest_at_pause = at_pause()
-            return {"device": device.save(), "transport": backend.save()}
+            return {"device": device.save(), "transport": backend.save(), "running": running()}
 
         self.migration = Migration(
             backend.memory,
@@ -177,11 +186,21 @@ class MigrationRunner:
         self.outcome = Outcome(self.migration.result)
         self.phase = RunnerPhase.HELLO if isinstance(output, SocketOutput) else RunnerPhase.MIGRATE
         self._deadline = time.monotonic() + self._hello_timeout
+        self._confirmed = False
 
     @property
     def finished(self) -> bool:
         """Whether there is nothing left to do."""
         return self.phase is RunnerPhase.FINISHED
+
+    @property
+    def whereabouts(self) -> str | None:
+        """What is known of a guest that does not go on here, in words; None: it is here."""
+        if not self.migration.committed:
+            return None
+        if self._confirmed or isinstance(self._output, FileOutput):
+            return "the guest was handed over and does not go on here"
+        return "COMMIT may have reached the destination: the guest may be running there, and does not go on here"
 
     def cancel(self, why: str) -> None:
         """Give up at the next step; without effect once the guest was handed over."""
@@ -225,7 +244,7 @@ class MigrationRunner:
             return POLL
         if record.kind is not Kind.HELLO:
             raise StreamError(f"the destination began with {record.kind.name}, not with HELLO")
-        Hello.of(record)
+        self.migration.awaits_launch = Hello.of(record).launches and self.migration.hand_over
         self._loop.unwatch(self._watched)
         self.phase = RunnerPhase.MIGRATE
         return 0.0
@@ -245,14 +264,16 @@ class MigrationRunner:
             self._check_progress()
         else:
             self._loop.unwatch(self._watched)
-            self._sent_at = time.monotonic()
+            self._sent, self._sent_at = self._output.bytes_sent, time.monotonic()
         return max(wake - self._clock(), 0.0)
 
     def _check_progress(self) -> None:
-        if self._output.bytes_sent != self._sent:
+        if time.monotonic() - self._sent_at > self._silence:
+            taken = self._output.bytes_sent - self._sent
+            if taken < self._silence * MIN_BANDWIDTH:
+                much = f"only {taken} bytes" if taken else "nothing"
+                raise PeerVanished(f"the destination took {much} for {self._silence:g} s")
             self._sent, self._sent_at = self._output.bytes_sent, time.monotonic()
-        elif time.monotonic() - self._sent_at > self._silence:
-            raise PeerVanished(f"the destination took nothing for {self._silence:g} s")
 
     def _report(self) -> float:
         if self.migration.cancelled is not None:  # too late for that; but nobody wants to wait any more
@@ -262,12 +283,19 @@ class MigrationRunner:
         if record is None:
             return POLL
         if record.kind is Kind.REFUSED:
-            refused = Refused.of(record)
-            kind = PeerVanished if refused.vanished else StreamError
-            raise kind(f"the guest did not go on at the destination: {refused.why}")
-        self.outcome.report = Report.of(record).to_json()
+            self._refused(Refused.of(record))
+        self.outcome.report, self._confirmed = Report.of(record).to_json(), True
         self._end()
         return 0.0
+
+    def _refused(self, refused: Refused) -> NoReturn:
+        kind = PeerVanished if refused.vanished else StreamError
+        if refused.returned:
+            error = kind(f"the destination refused: {refused.why}")
+            self.migration.take_back(error)
+            raise error
+        self._confirmed = True
+        raise kind(f"the guest did not go on at the destination: {refused.why}")
 
     def _answer(self, what: str, timeout: float) -> Record | None:
         record = self._output.answer()

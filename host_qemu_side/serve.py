@@ -112,6 +112,7 @@ class Server:
         self.monitor: MonitorServer | None = None
         self._negotiated = self._memory = 0
         self._guest: PythonGuest | None = None
+        self._guest_ready = False
         try:
             self.backend.listen(options.socket)
             if options.monitor is not None:
@@ -175,9 +176,9 @@ class Server:
         """
         now, wait = time.monotonic(), longest
         if self.host.guest is not None:
-            was_ready = self.host.guest.ready
             wait = min(wait, self.host.guest.tick(now))
-            if self.host.guest.ready and not was_ready:
+            if self.host.guest.ready and not self._guest_ready:
+                self._guest_ready = True
                 self._tell("guest-ready", {"pid": self.host.guest.guest.pid})
         for group in self._groups:
             wait = min(wait, group.tick(now))

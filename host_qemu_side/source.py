@@ -15,11 +15,12 @@ import numpy.typing as npt
 from balloon_dev.device import DEFAULT_FEATURES, BalloonDevice
 from balloon_dev.features import BalloonFeature
 from balloon_dev.profiles import SPEC, Profile
+from host_qemu_side import deadlines
 from host_qemu_side.discard.current import CurrentDiscarder
 from host_qemu_side.loop import Loop
 from host_qemu_side.migration import Limits, Migration
 from host_qemu_side.migration.output import FileOutput, SocketOutput
-from host_qemu_side.runner import SILENCE, BackendHints, GuestHandle, MigrationRunner, Outcome, RunnerPhase
+from host_qemu_side.runner import BackendHints, GuestHandle, MigrationRunner, Outcome, RunnerPhase
 from host_qemu_side.vhost_user import VhostUserBackend
 from host_qemu_side.witness import Witness
 from vring.dirty import DirtyLog
@@ -56,7 +57,7 @@ class SourceHost:
         self.device.discard = self.discard
         self.backend = VhostUserBackend(self.device, self.loop)
         self.device_log: SoftwareDirtyLog | None = None
-        self._migration: Migration | None = None
+        self._runner: MigrationRunner | None = None
         self._folder: str | None = None
 
     def __enter__(self) -> SourceHost:
@@ -91,7 +92,12 @@ class SourceHost:
     @property
     def handed_over(self) -> bool:
         """Whether the last migration gave the guest away, also if it failed afterwards: it must not go on here."""
-        return self._migration is not None and self._migration.committed
+        return self.whereabouts is not None
+
+    @property
+    def whereabouts(self) -> str | None:
+        """What is known of a guest that the last migration gave away, in words; None: it is here."""
+        return None if self._runner is None else self._runner.whereabouts
 
     @property
     def memory(self) -> GuestMemory | None:
@@ -121,7 +127,7 @@ class SourceHost:
         at_pause: Callable[[], dict[str, Any]] = dict,
         report_timeout: float = 0.0,
         stop_requested: Callable[[], bool] = lambda: False,
-        silence: float = SILENCE,
+        silence: float = deadlines.SILENCE,
     ) -> Outcome:
         """Migrate the guest that is connected.
 
@@ -152,7 +158,7 @@ class SourceHost:
         stop_requested
             Asked at each step; True cancels.
         silence
-            Seconds the destination may say no hello, or take nothing of what is sent, before it counts as gone.
+            Seconds the destination may say no hello, or take next to nothing of what is sent, before it counts as gone.
 
         Raises
         ------
@@ -175,7 +181,7 @@ class SourceHost:
             silence=silence,
         )
         assert runner.witness is not None
-        self._migration = runner.migration
+        self._runner = runner
         try:
             while not runner.finished:
                 if stop_requested():

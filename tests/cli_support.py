@@ -62,6 +62,7 @@ ROUND = {
 HINT_RUN = {"command_id": int, "blocks": int, "bytes": int, "pages_spared": int, "seconds": NUMBER}
 ORACLE = {"pages_checked": int, "pages_wrong": int, "pages_skipped": int, "wrong": list}
 RESUMED = {
+    "running": bool,
     "pages_checked": int,
     "pages_wrong": int,
     "allocated_pages": int,

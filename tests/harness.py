@@ -8,6 +8,7 @@ told; the migration is stepped with a clock that the test moves. What must hold 
 
 from __future__ import annotations
 
+import math
 import mmap
 import os
 from collections.abc import Callable
@@ -333,7 +334,9 @@ class World:
             self,
             hints=_Port(self) if hints else None,
             # Pieces of 1 MiB on a link that takes days for one: what comes in between is the test's to say.
-            limits=Limits(**{"bandwidth": 1.0, "piece": 1e7, "downtime": 0.0, "max_rounds": 3, **limits}),
+            limits=Limits(
+                **{"bandwidth": 1.0, "piece": 1e7, "frozen": math.inf, "downtime": 0.0, "max_rounds": 3, **limits}
+            ),
             state=self._state,
             observer=self.witness,
             hand_over=hand_over,

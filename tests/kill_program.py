@@ -161,11 +161,9 @@ def main() -> None:
         original_wait = guest.wait_ready
 
         def wait_ready(self: Any, *args: Any, original: Any = original_wait, **kwargs: Any) -> Any:
-            if when == "boot" and hasattr(self, "wait_for"):
-                self.wait_for("hello", 30.0)
-                act()
-                return self.wait_for("ready", 30.0)
             if when == "boot":
+                if hasattr(self, "wait_hello"):
+                    self.wait_hello(30.0)
                 act()
             return original(self, *args, **kwargs)
 

@@ -42,7 +42,7 @@ def test_statistics_reports_and_balloon_over_vhost_user(profile):
             assert device.stats.values["stat-free-memory"] <= free - 2000 * 4096  # less by what is being reported
             host.loop.run_until(lambda: device.counters["bytes reported"] > 60 * MIB, 10, "reports")
             guest.run_for(0.3)
-            status = guest.ask("status", "status")
+            status = guest.ask("status")
             assert status["driver"]["reported"] * 4 * MIB == device.counters["bytes reported"]
             assert not device.bad_requests
         finally:
@@ -61,10 +61,10 @@ def test_balloon_that_leaves_no_memory(bit):
             host.loop.run_until(lambda: host.device.actual > 12000, 10, "the balloon")
             for _ in range(40):
                 guest.run_for(0.1)
-                if guest.ask("status", "status")["driver"]["oom_deflated"]:
+                if guest.ask("status")["driver"]["oom_deflated"]:
                     break
             assert bool(guest.status["driver"]["oom_deflated"]) is bool(bit)
-            guest.ask("check", "checked")
+            guest.check()
             assert guest.checked is not None
             assert guest.checked["wrong"] == 0
         finally:

@@ -23,7 +23,7 @@ from host_qemu_side import destination
 from host_qemu_side.migration import Cancelled, Limits, Migration
 from host_qemu_side.migration.output import FileOutput, SocketOutput
 from host_qemu_side.migration.receiver import Receiver
-from host_qemu_side.migration.stream import Kind, StreamError, StreamReader, StreamWriter
+from host_qemu_side.migration.stream import VERSION, Kind, StreamError, StreamReader, StreamWriter
 from host_qemu_side.python_guest import PythonGuest
 from host_qemu_side.source import Outcome, SourceHost
 from vring.errors import MissingFacility, PeerVanished, VirtioError
@@ -56,15 +56,15 @@ class Source:
     def assert_whole(self) -> None:
         """The guest runs, holds nothing for hints, and every page has its content."""
         deadline = time.monotonic() + 5.0
-        while self.guest.ask("status", "status", 5.0)["hinted_pages"]:
+        while self.guest.ask("status", 5.0)["hinted_pages"]:
             assert time.monotonic() < deadline, "the guest still holds pages for hints"
         before = int(self.guest.status["pages_written"])
-        self.guest.ask("check", "checked")
+        self.guest.check()
         assert self.guest.checked is not None
         assert self.guest.checked["wrong"] == 0
         assert self.guest.checked["pages"] == self.guest.status["allocated_pages"]
         self.guest.run_for(0.05)
-        assert int(self.guest.ask("status", "status", 5.0)["pages_written"]) > before, "the guest stands still"
+        assert int(self.guest.ask("status", 5.0)["pages_written"]) > before, "the guest stands still"
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +104,7 @@ def honest(sock: socket.socket) -> None:
 
 def say_hello(sock: socket.socket) -> StreamWriter:
     writer = StreamWriter()
-    for part in writer.json(Kind.HELLO, {"version": 1}):
+    for part in writer.json(Kind.HELLO, {"version": VERSION}):
         sock.sendall(part)
     return writer
 

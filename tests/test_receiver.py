@@ -27,8 +27,8 @@ CONTENT = {Kind.PAGES: {0: b"a"}, Kind.ZERO: [0]}
 
 def record(kind, value=None, **header):
     writer, reader = StreamWriter(), StreamReader()
-    if kind is Kind.COMMIT:
-        parts = writer.commit()
+    if kind in (Kind.COMMIT, Kind.LAUNCHED):
+        parts = writer.commit() if kind is Kind.COMMIT else writer.launched()
     elif kind is Kind.PAGES:
         parts = writer.pages(
             np.array(sorted(value), np.uint64), memoryview(b"".join(value[p] * 4096 for p in sorted(value)))

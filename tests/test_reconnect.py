@@ -26,7 +26,7 @@ def start_hints(host: SourceHost) -> None:
 
 
 def hinted(guest: PythonGuest) -> int:
-    return int(guest.ask("status", "status")["hinted_pages"])
+    return int(guest.ask("status")["hinted_pages"])
 
 
 def hints_requested(host: SourceHost, guest: PythonGuest) -> None:
@@ -88,16 +88,16 @@ def test_the_back_end_closes_the_socket(moment) -> None:
             device.set_target(TARGET)
             host.backend.deliver()
             host.loop.run_until(lambda: device.actual == TARGET, 10.0, "the balloon")
-            before = guest.ask("status", "status")
+            before = guest.ask("status")
             moment(host, guest)
             host.backend.disconnect("the test closed it")
             host.backend.release()
             device.set_target(TARGET)
             if moment is guest_paused:
-                guest._control.send(b'{"command": "resume"}')  # `thaw` asks whether the device is there
+                guest._send("resume")  # `thaw` asks whether the device is there
             host.loop.run_until(lambda: device.actual == TARGET, 20.0, "the guest to come back and fill its balloon")
             assert host.backend.connections == 2
-            after = guest.ask("status", "status")
+            after = guest.ask("status")
             assert after["hinted_pages"] == 0
             assert after["ballooned_pages"] == device.ballooned_pages == TARGET
             assert after["total_pages"] == before["total_pages"]
@@ -107,7 +107,7 @@ def test_the_back_end_closes_the_socket(moment) -> None:
             device.finish_hinting()
             host.backend.deliver()
             host.loop.run_until(lambda: hinted(guest) == 0, 10.0, "the guest to free its hinted pages")
-            guest.ask("check", "checked")
+            guest.check()
             assert guest.checked is not None
             assert guest.checked["pages"]
             assert guest.checked["wrong"] == 0

@@ -171,6 +171,12 @@ class Destination:
     def answer(self) -> Record | None:
         return self._answers.next()
 
+    def retract(self) -> bool:
+        """Drop what was not taken."""
+        left = bool(self._pending)
+        self._pending.clear()
+        return left
+
     def finish(self) -> None:
         """A file is complete: read it from the beginning."""
         if not self.two_way and self._file:

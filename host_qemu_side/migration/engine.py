@@ -14,9 +14,11 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 from collections.abc import Callable, Generator, Sequence
 from typing import Any
 
+from host_qemu_side import deadlines
 from host_qemu_side.migration.interfaces import (
     U64,
     Cancelled,
@@ -73,7 +75,8 @@ class Migration:
     Notes
     -----
     Call `step` with a monotonic time until `finished`; it returns when to call again. It raises what went wrong; the
-    guest has then been given DONE and goes on, unless `phase` had reached COMMITTED.
+    guest has then been given DONE and goes on, unless it is `committed`. Whoever hears later that the destination gave
+    the guest back calls `take_back`.
     """
 
     def __init__(
@@ -95,11 +98,13 @@ class Migration:
         self.limits, self.observer, self.hand_over = limits, observer, hand_over
         self.phase = Phase.SETUP
         self.committed = False
-        """Whether the guest is the destination's, whatever came after; it never goes on here then."""
+        """Whether COMMIT may have reached the destination: the guest is its, and does not go on here."""
         self.result = MigrationResult()
         self.ready: Ready | None = None
         """What the destination said when everything had arrived."""
         self.frozen = False
+        self.awaits_launch = False
+        """Whether the destination will say LAUNCHED, which is worth waiting for before the guest is frozen."""
         if hints is not None and not log.hints_safe:
             self.hints, self.result.hints_refused = (
                 None,
@@ -117,6 +122,8 @@ class Migration:
         self._run_since = 0.0
         self._now = 0.0
         self._frozen_at = 0.0
+        self._frozen_until = math.inf
+        self._committing = False
         self._round_since = 0.0
         self._next_send = 0.0
         self._cancel: str | None = None
@@ -155,6 +162,10 @@ class Migration:
         try:
             if self._cancel is not None and not self.committed:
                 raise Cancelled(self._cancel)
+            if now > self._frozen_until and not self.committed:
+                raise PeerVanished(
+                    f"the guest was frozen for {self.limits.frozen:g} s and the destination does not have it yet"
+                )
             return next(self._script)
         except StopIteration:
             self._script = None
@@ -180,8 +191,18 @@ class Migration:
             self._script = None
             self._give_back(error)
 
+    def take_back(self, why: BaseException) -> None:
+        """The destination has told that the guest has not run there and never will: it is ours again, and goes on."""
+        self.committed = False
+        self._enter(Phase.FAILED)
+        log.info("the destination gave the guest back: %s", why)
+        with contextlib.suppress(VirtioError, OSError):
+            self._thaw()
+
     def _give_back(self, error: BaseException) -> None:
         """After a failure: whatever was begun is ended, the guest gets DONE and goes on."""
+        if self._committing and self.output.retract():
+            self.committed = False  # a part of COMMIT never left, so nobody has got it
         self._enter(Phase.CANCELLED if isinstance(error, Cancelled) else Phase.FAILED)
         steps: list[Callable[[], object]] = [self.log.stop]
         if not self.committed:
@@ -206,6 +227,7 @@ class Migration:
         for number in range(self.limits.max_rounds):
             self._begin_round()
             yield from self._pass(limited=True)
+            yield from self._launched()
             if (yield from self._between_rounds(number + 1)):
                 break
         yield from self._last_round()
@@ -273,6 +295,15 @@ class Migration:
             self._round.pages_zero += len(zeros)
             yield from self._drain()
 
+    def _launched(self) -> Generator[float, None, None]:
+        """Before the guest may be frozen: wait for a process to be there for it, which takes longer than a downtime."""
+        began = self._now
+        while self.awaits_launch and self._now < began + deadlines.LAUNCHED:
+            self._hear()
+            self._serve_hints()
+            yield self._now + 0.005
+        self._round_since += self._now - began  # it says nothing of the link
+
     def _piece(self) -> int:
         """Return how many pages are sent at a time: few on a slow link, or the destination hears nothing for long."""
         if not self.limits.bandwidth:
@@ -317,6 +348,7 @@ class Migration:
             self._freeze()
             _, again = self._sync()
             voided = again or voided
+        self._frozen_until = self._frozen_at + self.limits.frozen
         self._enter(Phase.FROZEN)
         self._round = Round(pages_dirty=len(self._ram.to_send), log_voided=voided)
         self.result.rounds.append(self._round)
@@ -338,32 +370,16 @@ class Migration:
         self._queue(self._writer.say(End(pages["normal"], pages["zero"] - self.result.pages_hole)))
         yield from self._drain()
         if self.output.two_way:
-            deadline = self._now + self.limits.answer
-            while True:
-                record = self._answer()
-                if record is None:
-                    if self._now > deadline:
-                        raise PeerVanished(f"the destination did not confirm within {self.limits.answer:g} s")
-                    yield self._now + 0.002
-                    continue
-                if record.kind is Kind.REFUSED:
-                    raise StreamError(f"the destination refused: {Refused.of(record).why}")
-                if record.kind is Kind.DIGESTS:
-                    self._take_digests(record)
-                    yield self._now
-                    continue
-                self.ready = Ready.of(record)
-                self._check_digests()
-                extra = self.ready.digest_seconds
-                break
+            extra = yield from self._ready()
         if not self.hand_over:
             self.output.finish()
         elif self.output.two_way:
             # From the moment these bytes may have left, the guest is no longer ours.
-            self.committed = True
+            self.committed = self._committing = True
             self._enter(Phase.COMMITTED)
             self._queue(self._writer.commit())
             yield from self._drain()
+            self._committing = False
             self.output.finish()
         else:
             # Nobody reads a file before it is complete and has its name: until then (a full disk) the guest is ours.
@@ -374,7 +390,27 @@ class Migration:
             self._enter(Phase.COMMITTED)
         return extra
 
+    def _ready(self) -> Generator[float, None, float]:
+        """Wait for READY; return the seconds the destination says that its digests took, at most those that passed.
+
+        The time to wait ends when it ends, whatever is said meanwhile; and nothing may be but digests, one a page.
+        """
+        began = self._now
+        while True:
+            record = self._answer()
+            if record is not None and record.kind is Kind.READY:
+                self.ready = Ready.of(record)
+                self._check_digests()
+                return min(self.ready.digest_seconds, self._now - began)
+            if record is not None and not self._is_launched(record):
+                self._take_digests(record)
+            if self._now > began + self.limits.answer:
+                raise PeerVanished(f"the destination did not confirm within {self.limits.answer:g} s")
+            yield self._now + (0.002 if record is None else 0.0)
+
     def _take_digests(self, record: Record) -> None:
+        if record.kind is not Kind.DIGESTS:
+            raise self._unwelcome(record)
         digests = record.digests(self._digests_left)
         self._digests_left -= len(digests)
         if isinstance(self.observer, TakesDigests):
@@ -492,8 +528,22 @@ class Migration:
         return record
 
     def _hear(self) -> None:
-        """See whether the destination has given up; it has nothing else to say before all has arrived."""
-        if self.phase is not Phase.HANDOVER and (record := self._answer()) is not None:
-            if record.kind is Kind.REFUSED:
-                raise StreamError(f"the destination refused: {Refused.of(record).why}")
-            raise StreamError(f"the destination sent a {record.kind.name} record in the middle of the stream")
+        """See whether the destination has given up, or is ready to get the guest: else it has nothing to say yet."""
+        if self.phase is Phase.HANDOVER:
+            return
+        record = self._answer()
+        if record is not None and not self._is_launched(record):
+            raise self._unwelcome(record)
+
+    def _is_launched(self, record: Record) -> bool:
+        if record.kind is not Kind.LAUNCHED or not self.awaits_launch:
+            return False
+        self.awaits_launch = False
+        return True
+
+    @staticmethod
+    def _unwelcome(record: Record) -> StreamError:
+        """Return the error that a record is which says no, or has no place here."""
+        if record.kind is Kind.REFUSED:
+            return StreamError(f"the destination refused: {Refused.of(record).why}")
+        return StreamError(f"the destination sent a {record.kind.name} record in the middle of the stream")

@@ -10,6 +10,7 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 import numpy.typing as npt
 
+from host_qemu_side import deadlines
 from host_qemu_side.migration.stream import Record
 from vring.errors import UsageError, VirtioError
 
@@ -79,6 +80,9 @@ class Output(Protocol):
     def finish(self) -> None:
         """Make what was sent durable."""
 
+    def retract(self) -> bool:
+        """After an error: drop what has not left; return whether anything of what was sent last has not."""
+
 
 class HintPort(Protocol):
     """What the engine needs of a balloon device and the transport before it."""
@@ -140,8 +144,10 @@ class Limits:
     """Seconds the guest may be frozen, by estimate."""
     max_rounds: int = 30
     """Rounds after which the guest is frozen however much is left."""
-    answer: float = 120.0
-    """Seconds the destination may take to check what it got."""
+    answer: float = deadlines.ANSWER
+    """Seconds the destination may take to check what it got and to make the guest ready to go on."""
+    frozen: float = deadlines.FROZEN
+    """Seconds the guest may be frozen for the last round and the hand-over; then it goes on here."""
     piece: float = 0.1
     """Seconds that may go by while nothing is sent: on a slow link little is sent at a time, a page at the least."""
 
@@ -153,7 +159,7 @@ class Limits:
         UsageError
             If a limit is negative or no number.
         """
-        quantities = (self.bandwidth, self.downtime, self.answer, self.piece)
+        quantities = (self.bandwidth, self.downtime, self.answer, self.frozen, self.piece)
         if not all(value >= 0 for value in quantities) or self.max_rounds < 1:
             raise UsageError(f"migration limits make no sense: {self}")
 

@@ -117,6 +117,12 @@ class SocketOutput:
     def finish(self) -> None:
         """Nothing: the destination has confirmed."""
 
+    def retract(self) -> bool:
+        """Drop what the socket has not taken; return whether there was anything."""
+        left = bool(self._pending)
+        self._pending.clear()
+        return left
+
     def close(self) -> None:
         """Close the socket."""
         self._socket.close()
@@ -253,6 +259,10 @@ class FileOutput:
             self._aside = None
         except OSError as error:
             raise self._full(error) from error
+
+    def retract(self) -> bool:
+        """Nobody has read what has no name yet."""
+        return True
 
     def _link(self) -> str:
         # Only with a folder's descriptor does os.link follow the link that /proc has for an open file.

@@ -54,6 +54,9 @@ class Receiver:
     inspect
         Called when all has arrived; what it returns goes into READY, whose counts are filled in here. What it raises
         refuses the guest.
+    prepare
+        Called then, before READY, if the source hands the guest over: whatever can fail is done and raises here, so
+        that the guest stays where it is. It may change the memory.
     clock
         Tells how long the digests took, seconds: the source does not count that as downtime.
     """
@@ -66,6 +69,7 @@ class Receiver:
         digests: bool = True,
         on_header: Callable[[Header], None] = lambda header: None,
         inspect: Callable[[Receiver], Ready] = lambda receiver: Ready(),
+        prepare: Callable[[Receiver], None] = lambda receiver: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.state = ReceiverState.HEADER
@@ -83,12 +87,16 @@ class Receiver:
         self._name = name
         self._digests = digests
         self._on_header = on_header
-        self._inspect = inspect
+        self._inspect, self._prepare = inspect, prepare
         self._clock = clock
 
-    def hello(self) -> list[bytes | memoryview]:
-        """Return the record that tells a source that somebody is there."""
-        return self.writer.say(Hello())
+    def hello(self, *, launches: bool = False) -> list[bytes | memoryview]:
+        """Return the record that tells a source that somebody is there, and whether `launched` will follow."""
+        return self.writer.say(Hello(launches))
+
+    def launched(self) -> list[bytes | memoryview]:
+        """Return the record that tells a source that a process is there for the guest."""
+        return self.writer.launched()
 
     def handle(self, record: Record) -> list[bytes | memoryview]:
         """Let one record take effect; return buffers to answer with.
@@ -212,19 +220,35 @@ class Receiver:
             for digests in digests_in_order(self.memory, MAX_DIGESTS):
                 answer += self.writer.digests(digests)
         found, took = self._inspect(self), self._clock() - began
+        if self.hands_over:
+            self._prepare(self)
         self.ready = replace(found, pages=self.pages, zero_pages=self.zero_pages, digest_seconds=took)
         answer += self.writer.say(self.ready)
-        assert self.header is not None
-        self.state = ReceiverState.READY if self.header.hand_over else ReceiverState.IMAGE
+        self.state = ReceiverState.READY if self.hands_over else ReceiverState.IMAGE
         return answer
 
-    def refuse(self, why: str, *, vanished: bool = False) -> list[bytes | memoryview]:
-        """Return the record that tells the source what is wrong, and whether it is that the guest died here."""
-        return self.writer.say(Refused(why, vanished))
+    def refuse(self, why: str, *, vanished: bool = False, started: bool = False) -> list[bytes | memoryview]:
+        """Return the record that tells the source what is wrong; nothing may be taken from the source after it.
+
+        Parameters
+        ----------
+        why
+            In words.
+        vanished
+            Whether it is that the guest died here.
+        started
+            Whether the guest may have run here. If not, the source may let it go on, also if it has sent COMMIT.
+        """
+        return self.writer.say(Refused(why, vanished, returned=not started))
 
     def report(self, found: Report) -> list[bytes | memoryview]:
         """Return the record that tells the source what became of the guest."""
         return self.writer.say(found)
+
+    @property
+    def hands_over(self) -> bool:
+        """Whether the source means to give the guest away, once the header has come."""
+        return self.header is not None and self.header.hand_over
 
     @property
     def complete(self) -> bool:

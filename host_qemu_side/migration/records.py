@@ -92,15 +92,17 @@ class Hello(JsonRecord):
     """The receiver is there, and speaks this version."""
 
     kind: ClassVar[Kind] = Kind.HELLO
+    launches: bool = False
+    """Whether it launches a process for the guest and will say LAUNCHED: worth waiting for before the last freeze."""
 
     @classmethod
     def _take(cls, said: Fields) -> Self:
         _check_version(said)
-        return cls()
+        return cls(said.boolean("launches", default=False))
 
     def to_json(self) -> dict[str, Any]:
         """Return it as JSON values."""
-        return {"version": VERSION}
+        return {"version": VERSION, "launches": self.launches}
 
 
 @dataclass(frozen=True, slots=True)
@@ -360,19 +362,23 @@ class Report(JsonRecord):
     pages_written_since: int | None = None
     hinted_pages_left: int | None = None
     hint_run: HintAnswer | None = None
+    running: bool | None = None
+    """Whether it runs there, or is stopped as it was at the source."""
 
     @classmethod
     def _take(cls, said: Fields) -> Self:
         counts = {name: said.integer(name) for name in _COUNTS if name in said}
-        return cls(**counts, hint_run=HintAnswer.take(said.members("hint_run")) if "hint_run" in said else None)
+        hint_run = HintAnswer.take(said.members("hint_run")) if "hint_run" in said else None
+        return cls(**counts, hint_run=hint_run, running=said.boolean("running") if "running" in said else None)
 
     def to_json(self) -> dict[str, Any]:
         """Return it as JSON values; what was not looked at is left out."""
         counts = {name: value for name in _COUNTS if (value := getattr(self, name)) is not None}
-        return counts if self.hint_run is None else {**counts, "hint_run": self.hint_run.to_json()}
+        running = {} if self.running is None else {"running": self.running}
+        return {**counts, **running, **({} if self.hint_run is None else {"hint_run": self.hint_run.to_json()})}
 
 
-_COUNTS = tuple(each.name for each in fields(Report) if each.name != "hint_run")
+_COUNTS = tuple(each.name for each in fields(Report) if each.name not in ("hint_run", "running"))
 
 
 @dataclass(frozen=True, slots=True)

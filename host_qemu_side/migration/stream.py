@@ -76,6 +76,8 @@ class Kind(IntEnum):
     """JSON: the source gave up; the guest stays there."""
     HELLO = 15
     """JSON, from the receiver, before anything else: its version."""
+    LAUNCHED = 14
+    """From the receiver, once, before READY, if its HELLO announced it: a process is there for the guest."""
     READY = 16
     """JSON, from the receiver: everything arrived."""
     DIGESTS = 17
@@ -94,6 +96,7 @@ LIMITS: dict[int, int] = {
     Kind.ZERO: _PAGES.size + MAX_ZEROS * _RUN.itemsize,
     Kind.STATE: 16 << 20,
     Kind.COMMIT: 0,
+    Kind.LAUNCHED: 0,
     Kind.DIGESTS: MAX_DIGESTS * 8,
 }
 """Bytes that the payload of each kind of record may have. STATE has a pair of numbers for each run of ballooned pages;
@@ -229,6 +232,10 @@ class StreamWriter:
     def digests(self, digests: npt.NDArray[np.uint64]) -> list[bytes | memoryview]:
         """Return a record of page digests."""
         return self._record(Kind.DIGESTS, digests.astype("<u8").tobytes())
+
+    def launched(self) -> list[bytes | memoryview]:
+        """Return the LAUNCHED record."""
+        return self._record(Kind.LAUNCHED)
 
     def commit(self) -> list[bytes | memoryview]:
         """Return the COMMIT record."""

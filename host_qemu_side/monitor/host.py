@@ -14,7 +14,6 @@ from host_qemu_side.monitor.dispatch import Command, Deferred
 from host_qemu_side.monitor.framing import ErrorClass, QmpError
 from host_qemu_side.python_guest import PAUSE_TIMEOUT, PythonGuest
 from host_qemu_side.vhost_user import VhostUserBackend
-from vring.errors import PeerVanished
 from vring.memory import GuestMemory
 
 __all__ = ["CommandGroup", "Host", "OwnGuest"]
@@ -57,12 +56,19 @@ class OwnGuest:
         attend: Callable[[], bool] = lambda: False,
     ) -> None:
         self.guest, self.header, self._emit, self._attend = guest, header, emit, attend
-        self.ready = False
         self.handed_over = False
+        """Whether a destination has it, or may have it: it must not go on here."""
         self._holders: set[str] = set()
+        self._pause: int | None = None
+        """Number of the command that pauses it; None: it goes on, or will."""
         self._pausing: Deferred | None = None
         self._pause_deadline = 0.0
-        self._answered = True
+        self._departing = False
+
+    @property
+    def ready(self) -> bool:
+        """Whether it has booted."""
+        return self.guest.ready
 
     @property
     def paused(self) -> bool:
@@ -74,6 +80,21 @@ class OwnGuest:
         """Whether a person has it paused."""
         return "user" in self._holders
 
+    def _ask_to_pause(self) -> None:
+        if self._pause is None:
+            self._pause = self.guest.tell("pause")
+
+    @property
+    def _stands_still(self) -> bool:
+        """Whether it has answered the very command that is to pause it."""
+        return self._pause is not None and self.guest.has_answered(self._pause)
+
+    def _let_go(self) -> int:
+        """Let it go on; one that has not paused yet goes on at once should it yet. Return the command's number."""
+        self._pause = None
+        self.guest.backend.release()
+        return self.guest.tell("resume")
+
     # -- a migration's side ---------------------------------------------------------------------------------------
 
     def check_alive(self) -> None:
@@ -82,44 +103,26 @@ class OwnGuest:
 
     def freeze(self) -> None:
         """Pause it for a migration; returns when it is so. Clients are answered meanwhile."""
-        paused = bool(self._holders) and self._pausing is None
-        asked = self._pausing is not None
         self._holders.add("migration")
-        if paused:
-            return
-        if not asked:
-            self.guest.tell("pause")
-        self._answered = False
-        self._await("paused")
-        self._answered = True
+        self._ask_to_pause()
+        assert self._pause is not None
+        self.guest.wait_answer(self._pause, PAUSE_TIMEOUT, self._attend)
         self._is_paused()
 
     def thaw(self) -> None:
         """Let it go on, unless a person has stopped it. One that did not pause in time is not waited for."""
         self._holders.discard("migration")
-        if self._pausing is not None:
-            self._pause_failed()
-        elif not self._holders:
-            self.guest.backend.release()
-            self.guest.tell("resume")
-            if self._answered:
-                self._await("resumed")
-        elif not self._answered:
-            self.guest.backend.hold()
+        self._departing = False
+        if not self._holders:
+            stood_still = self._stands_still
+            number = self._let_go()
+            if stood_still:
+                self.guest.wait_answer(number, PAUSE_TIMEOUT, self._attend)
 
-    def _await(self, word: str) -> None:
-        """Serve everybody until the guest says `word`."""
-        deadline = time.monotonic() + PAUSE_TIMEOUT
-        while word not in self.guest.events:
-            self.guest.check_alive()
-            if time.monotonic() > deadline:
-                raise PeerVanished(f"the guest (process {self.guest.pid}) did not say {word!r} in {PAUSE_TIMEOUT:g} s")
-            if not self._attend():
-                self.guest.loop.run_once(0.05)
-            else:
-                self.guest.loop.run_once(0.0)
-        while self.guest.events.pop(0) != word:
-            pass
+    def depart(self) -> bool:
+        """Return whether it runs, for the destination: from now until it is thawed no person changes that."""
+        self._departing = True
+        return not self.stopped
 
     # -- a person's side ------------------------------------------------------------------------------------------
 
@@ -127,29 +130,41 @@ class OwnGuest:
         """Pause it; the result comes when it has acknowledged."""
         if self.handed_over or self.stopped:
             return self._pausing
+        self._may_change()
         if not self.ready:
             raise QmpError("the guest has not started yet")
         self._holders.add("user")
-        if "migration" in self._holders:
+        self._ask_to_pause()
+        if self._stands_still:
             self._emit("STOP", None)
             return None
-        self.guest.tell("pause")
         self._pausing, self._pause_deadline = Deferred(), time.monotonic() + PAUSE_TIMEOUT
         return self._pausing
 
-    def cont(self) -> None:
-        """Let it go on."""
-        if self.handed_over:
-            raise QmpError("the guest was migrated: it runs at the destination and must not run twice")
+    def cont(self, force: bool = False) -> None:
+        """Let it go on; `force`: also if a destination might have it."""
+        if self.handed_over and not force:
+            raise QmpError(
+                "the guest was migrated: it runs at the destination, or may, and must not run twice; if it certainly "
+                "does not, force=true lets it go on here"
+            )
+        self._may_change()
         if self._pausing is not None:
             raise QmpError("the guest is about to pause; try again")
-        if not self.stopped:
+        if self.handed_over:
+            self.handed_over = False
+            self._holders.clear()
+        elif self.stopped:
+            self._holders.discard("user")
+        else:
             return
-        self._holders.discard("user")
         self._emit("RESUME", None)
         if not self._holders:
-            self.guest.backend.release()
-            self.guest.tell("resume")
+            self._let_go()
+
+    def _may_change(self) -> None:
+        if self._departing and not self.handed_over:
+            raise QmpError("the guest is being handed over at this moment; try again")
 
     def _is_paused(self) -> None:
         self.guest.backend.hold()
@@ -157,14 +172,6 @@ class OwnGuest:
             self._emit("STOP", None)
             self._pausing.resolve(None)
             self._pausing = None
-
-    def _pause_failed(self) -> None:
-        """A person who wants it paused is told; should it pause yet, it goes on at once."""
-        assert self._pausing is not None
-        self._holders.discard("user")
-        self._pausing.fail(QmpError(f"the guest did not pause within {PAUSE_TIMEOUT:g} s"))
-        self._pausing = None
-        self.guest.tell("resume")
 
     def tick(self, now: float) -> float:
         """Hear what the guest said.
@@ -175,14 +182,16 @@ class OwnGuest:
             If it is gone.
         """
         self.guest.check_alive()
-        heard, self.guest.events[:] = list(self.guest.events), []
-        self.ready = self.ready or "ready" in heard
         if self._pausing is None:
             return IDLE
-        if "paused" in heard:
+        if self._stands_still:
             self._is_paused()
         elif now > self._pause_deadline:
-            self._pause_failed()
+            self._holders.discard("user")
+            self._pausing.fail(QmpError(f"the guest did not pause within {PAUSE_TIMEOUT:g} s"))
+            self._pausing = None
+            if not self._holders:
+                self._let_go()
         return 0.1
 
 

@@ -6,6 +6,7 @@ import time
 from dataclasses import replace
 from typing import Any
 
+from host_qemu_side import deadlines
 from host_qemu_side.migration import MIN_BANDWIDTH, Cancelled, HintRunStats, Limits, MigrationResult, Phase
 from host_qemu_side.migration.address import parse_address
 from host_qemu_side.migration.connecting import Connecting
@@ -20,7 +21,6 @@ from vring.memory import PAGE_SIZE
 
 __all__ = ["MigrationCommands"]
 
-REPORT_TIMEOUT = 120.0
 CONNECT_POLL = 0.02
 MAX_DOWNTIME_MS = 2000 * 1000
 
@@ -70,6 +70,9 @@ class MigrationCommands:
             "max-bandwidth": Param("int", required=False, help="bytes per second, 0 for no limit"),
             "downtime-limit": Param("int", required=False, help="milliseconds"),
         }
+        forced = {
+            "force": Param("bool", required=False, help="also a guest that was migrated: say so only if you know")
+        }
         return [
             Command("migrate", self.migrate, "migrate the guest to `balloon receive`, or into a file", migrate),
             Command("query-migrate", self.query, "how the migration goes"),
@@ -77,7 +80,7 @@ class MigrationCommands:
             Command("migrate-set-parameters", self.set_parameters, "also while a migration runs", limits),
             Command("query-migrate-parameters", self.parameters, "the limits that hold"),
             Command("stop", self.stop, "pause the guest"),
-            Command("cont", self.cont, "let it go on"),
+            Command("cont", self.cont, "let it go on", forced),
         ]
 
     # -- commands -------------------------------------------------------------------------------------------------
@@ -96,9 +99,11 @@ class MigrationCommands:
         """Pause the guest."""
         return self._guest().stop()
 
-    def cont(self) -> None:
-        """Let the guest go on."""
-        self._guest().cont()
+    def cont(self, force: bool = False) -> None:
+        """Let the guest go on; `force`: also one that a destination might have."""
+        if force and self._runner is not None and not self._runner.finished:
+            raise QmpError("the destination may report on the guest yet; try again, or migrate_cancel")
+        self._guest().cont(force)
 
     @property
     def active(self) -> bool:
@@ -115,7 +120,7 @@ class MigrationCommands:
         del detach
         guest = self._guest()
         if guest.handed_over:
-            raise QmpError("the guest was migrated already: it runs at the destination")
+            raise QmpError("the guest was migrated already: it is at the destination, or may be")
         if self.active:
             raise QmpError("There's a migration process in progress")
         if not guest.ready:
@@ -240,6 +245,9 @@ class MigrationCommands:
         except (VirtioError, OSError) as error:
             self._end(error)
             return 0.0
+        except MemoryError:
+            self._end(MissingFacility("there is not enough memory for a migration"))
+            return 0.0
 
     def _start(self, output: SocketOutput | FileOutput) -> MigrationRunner:
         guest, host = self._guest(), self._host
@@ -258,7 +266,8 @@ class MigrationCommands:
             journal=guest.guest.journal,
             header=guest.header,
             at_pause=lambda: guest.guest.status,
-            report_timeout=REPORT_TIMEOUT,
+            running=guest.depart,
+            report_timeout=deadlines.REPORT,
         )
 
     def _step(self, runner: MigrationRunner) -> float:
@@ -282,21 +291,22 @@ class MigrationCommands:
         return wait
 
     def _end(self, error: BaseException) -> None:
-        """The migration failed; or it had succeeded and only the destination's report did not come."""
-        runner = self._runner
-        guest = self._host.guest
+        """The migration failed; or it had succeeded and only the destination's report did not come, or says that the
+        guest is given back.
+        """
+        runner, guest, was = self._runner, self._host.guest, self.status
         self._close()
+        where = runner.whereabouts if runner is not None else None
+        if guest is not None:
+            guest.handed_over = where is not None
+        cancelled = isinstance(error, Cancelled) and where is None
         self._error_kind = _kind_of(error)
-        if self.status == "completed":
-            self._error = f"the guest was handed over, but {error}"
-            self._host.emit("MIGRATION_REPORT", {"error": str(error)})
+        self._error = None if cancelled else f"{error}; {where}" if where else str(error)
+        if was == "completed" and where:
+            self._host.emit("MIGRATION_REPORT", {"error": self._error})
             return
-        self._error = None if isinstance(error, Cancelled) else str(error)
         self._total_ms = max(round((time.monotonic() - self._began) * 1000), 1)
-        if runner is not None and guest is not None and runner.migration.committed:
-            guest.handed_over = True
-            self._error = f"{error}; COMMIT may have reached the destination, so the guest stays paused here"
-        self._become("cancelled" if isinstance(error, Cancelled) else "failed")
+        self._become("cancelled" if cancelled else "failed")
 
     def _close(self) -> None:
         if self._connecting is not None:
