@@ -125,8 +125,11 @@ class BalloonDevice(Requests):
         self._queues.clear()
         self._held_stats = None
         self._memory = memory
+        before = self.ballooned_pages
         self._ballooned = self._ballooned.within(memory.page_layout if memory else PageLayout(0))
         self.ballooned_pages = len(self._ballooned)
+        if self.ballooned_pages < before and isinstance(self.discard, LearnsDeflate):
+            self.discard.reset()  # what is gone may come back as other memory, which the guest uses
 
     def set_features(self, features: int) -> bool:
         """Take the driver's choice, False if it has bits that were not offered."""

@@ -78,6 +78,37 @@ def test_region_by_region(front: Front) -> None:
     assert front.backend.last_error is None
 
 
+class Parts:
+    """A discarder that puts big pages together, which is told when to forget their parts."""
+
+    def __init__(self) -> None:
+        self.resets = 0
+
+    def __call__(self, addr: object, length: object) -> None: ...
+
+    def deflate(self, addr: object, length: object) -> None: ...
+
+    def reset(self) -> None:
+        self.resets += 1
+
+
+def test_parts_of_big_pages_do_not_outlive_their_region(front: Front) -> None:
+    """Unplugged and plugged in again it is other memory: a page completed by parts of before would be one in use."""
+    parts = front.device.discard = Parts()
+    front.probe(RINGS, BIT_30)
+    fd = more_memory()
+    front.say(Request.ADD_MEM_REG, region(1 << 30).pack(), (fd,))
+    front.inflate(40)
+    front.say(Request.REM_MEM_REG, region(1 << 30).pack())
+    assert parts.resets == 0, "nothing of it was in the balloon"
+    front.say(Request.ADD_MEM_REG, region(1 << 30).pack(), (fd,))
+    front.inflate((1 << 30) // 4096)
+    front.say(Request.REM_MEM_REG, region(1 << 30).pack())
+    front.say(Request.ADD_MEM_REG, region(1 << 30).pack(), (fd,))
+    assert parts.resets == 1
+    os.close(fd)
+
+
 def test_the_last_region_may_go(front: Front) -> None:
     front.probe(RINGS, BIT_30)
     front.say(Request.REM_MEM_REG, region(0).pack())
