@@ -1,4 +1,4 @@
-"""A vhost-user back end: `backend` speaks with the front end, `rings` serves what it has set up."""
+"""A vhost-user back end: `backend` has the connection, `messages` does what is said, `rings` serves what is set up."""
 
 from host_qemu_side.vhost_user.backend import VhostUserBackend
 

@@ -14,20 +14,18 @@ from typing import Any
 from host_qemu_side.loop import Loop
 from host_qemu_side.vhost_user.descriptors import (
     NoDoorbell,
-    adopt_socket,
-    check_doorbell,
     check_held,
     close_fd,
     receive,
 )
+from host_qemu_side.vhost_user.messages import Messages
 from host_qemu_side.vhost_user.rings import Rings
-from host_qemu_side.vhost_user.table import MemoryTable
 from vring import vhost_user as vu
 from vring.device import Device
 from vring.errors import VirtioError, reason
-from vring.memory import MAX_REGIONS, GuestMemory
+from vring.memory import GuestMemory
 from vring.unix_socket import UnixListener
-from vring.vhost_user import ProtocolFeature, Request, VhostUserError
+from vring.vhost_user import ProtocolFeature, VhostUserError
 
 __all__ = ["VhostUserBackend"]
 
@@ -36,14 +34,6 @@ READS_A_TURN = 64
 """Of one front end, before it is others' turn."""
 REFUSALS_TOLD = 20
 """Of one connection, in warnings: a front end that is refused for ever fills no disk."""
-PROTOCOL_FEATURES = (
-    ProtocolFeature.REPLY_ACK
-    | ProtocolFeature.BACKEND_REQ
-    | ProtocolFeature.CONFIG
-    | ProtocolFeature.MQ
-    | ProtocolFeature.RESET_DEVICE
-    | ProtocolFeature.CONFIGURE_MEM_SLOTS
-)
 
 
 class VhostUserBackend:
@@ -74,12 +64,10 @@ class VhostUserBackend:
         self.loop = loop
         self.connections = 0
         self._on_disconnect = on_disconnect
-        self._on_memory = on_memory
         self._listener: UnixListener | None = None
         self._socket: socket.socket | None = None
-        self._request: socket.socket | None = None
         self._rings = Rings(device, loop, self.deliver)
-        self._protocol = 0
+        self._messages = Messages(device, self._rings, on_memory)
         self._header: vu.Header | None = None
         self._buffer = bytearray()
         self._fds: list[int] = []
@@ -146,7 +134,7 @@ class VhostUserBackend:
     @property
     def can_tell_config(self) -> bool:
         """Whether config changes reach the driver (BACKEND_REQ)."""
-        return self._request is not None
+        return self._messages.channel is not None
 
     def close(self) -> None:
         """Give everything back."""
@@ -170,9 +158,7 @@ class VhostUserBackend:
         self.loop.unwatch(self._socket.fileno())
         self._socket.close()
         self._socket = None
-        if self._request is not None:
-            self._request.close()
-            self._request = None
+        self._messages.forget()
         memory = self.memory
         self._rings.clear()
         for fd in self._fds:
@@ -180,7 +166,6 @@ class VhostUserBackend:
         self._fds.clear()
         self._buffer.clear()
         self._header = None
-        self._protocol = 0
         self.device.reset()
         self.device.set_memory(None)
         if memory is not None:
@@ -234,14 +219,11 @@ class VhostUserBackend:
     def _handle(self, header: vu.Header, payload: bytes, fds: list[int]) -> None:
         log.debug("vhost-user: %s, %d bytes, %d fds", header.name, len(payload), len(fds))
         assert self._socket is not None
-        handler = _HANDLERS.get(header.request)
         result: bytes | None = None
         failed: VirtioError | None = None
         try:
-            if handler is None:
-                raise VhostUserError(f"vhost-user: {header.name} is not supported")
             check_held(fds, self._socket)
-            result = handler(self, payload, fds)
+            result = self._messages.obey(header.request, payload, fds)
         except (VirtioError, OSError) as error:
             failed = error if isinstance(error, VirtioError) else VhostUserError(f"vhost-user: {header.name}: {error}")
         finally:
@@ -250,7 +232,7 @@ class VhostUserBackend:
         self._rings.rest()
         if result is not None:
             self._send(vu.pack_message(header.request, result, reply=True))
-        elif header.need_reply and self._protocol & ProtocolFeature.REPLY_ACK:
+        elif header.need_reply and self._messages.protocol & ProtocolFeature.REPLY_ACK:
             self._send(vu.pack_message(header.request, vu.pack_u64(1 if failed else 0), reply=True))
         elif isinstance(failed, NoDoorbell) and failed.queue is not None:
             self._rings.no_doorbell(failed.queue, failed)
@@ -270,115 +252,6 @@ class VhostUserBackend:
             self._socket.sendall(message)
         except BlockingIOError as error:
             raise VhostUserError("vhost-user: the front end does not read its replies") from error
-
-    def _get_features(self, payload: bytes, fds: list[int]) -> bytes:
-        # User-Mode Linux, which disables rings only with bit 30, asks when it has deleted them, to know that all before
-        # was heard. Nothing else says that its driver was removed.
-        if not self.features & vu.F_PROTOCOL_FEATURES:
-            self._rings.retire()
-        return vu.pack_u64(self.device.offered_features | vu.F_PROTOCOL_FEATURES)
-
-    def _set_features(self, payload: bytes, fds: list[int]) -> None:
-        features = vu.unpack_u64(payload, "SET_FEATURES")
-        if not self._rings.set_features(features):
-            raise VhostUserError(
-                f"vhost-user: features {features:#x} were not all offered", clause="basic.features.driver-1"
-            )
-
-    def _get_protocol_features(self, payload: bytes, fds: list[int]) -> bytes:
-        return vu.pack_u64(PROTOCOL_FEATURES)
-
-    def _set_protocol_features(self, payload: bytes, fds: list[int]) -> None:
-        self._protocol = vu.unpack_u64(payload, "SET_PROTOCOL_FEATURES") & PROTOCOL_FEATURES
-
-    def _get_queue_num(self, payload: bytes, fds: list[int]) -> bytes:
-        # Not what is offered at the moment: Linux 7.2 refuses a device that could not have all its driver knows.
-        return vu.pack_u64(len(self._rings))
-
-    def _nothing(self, payload: bytes, fds: list[int]) -> None:
-        return None
-
-    def _set_status(self, payload: bytes, fds: list[int]) -> None:
-        if not vu.unpack_u64(payload, "SET_STATUS"):
-            self._rings.end_all()
-
-    def _reset_owner(self, payload: bytes, fds: list[int]) -> None:
-        self._rings.end_all()
-
-    def _reset_device(self, payload: bytes, fds: list[int]) -> None:
-        self._rings.clear(table=False)
-        self.device.reset()
-
-    # Guest memory.
-
-    def _set_mem_table(self, payload: bytes, fds: list[int]) -> None:
-        self._change_table(MemoryTable.of(vu.MemoryRegion.unpack_table(payload), fds))
-
-    def _get_max_mem_slots(self, payload: bytes, fds: list[int]) -> bytes:
-        return vu.pack_u64(MAX_REGIONS)
-
-    def _add_mem_reg(self, payload: bytes, fds: list[int]) -> None:
-        self._change_table(self._rings.table.adding(vu.MemoryRegion.unpack(payload, "ADD_MEM_REG"), fds))
-
-    def _rem_mem_reg(self, payload: bytes, fds: list[int]) -> None:
-        self._change_table(self._rings.table.removing(vu.MemoryRegion.unpack(payload, "REM_MEM_REG")))
-
-    def _change_table(self, table: MemoryTable) -> None:
-        old = self.memory
-        self._rings.set_table(table)
-        if self._on_memory is not None and table.memory is not None:
-            self._on_memory()
-        if old is not None:
-            old.close()
-
-    # Rings.
-
-    def _set_vring_num(self, payload: bytes, fds: list[int]) -> None:
-        state = vu.VringState.unpack(payload, "SET_VRING_NUM")
-        self._rings.set_size(state.index, state.value)
-
-    def _set_vring_base(self, payload: bytes, fds: list[int]) -> None:
-        state = vu.VringState.unpack(payload, "SET_VRING_BASE")
-        self._rings.set_base(state.index, state.value)
-
-    def _set_vring_addr(self, payload: bytes, fds: list[int]) -> None:
-        self._rings.set_addr(vu.VringAddr.unpack(payload))
-
-    def _get_vring_base(self, payload: bytes, fds: list[int]) -> bytes:
-        index = vu.VringState.unpack(payload, "GET_VRING_BASE").index
-        return vu.VringState(index, self._rings.end(index)).pack()
-
-    def _set_vring_kick(self, payload: bytes, fds: list[int]) -> None:
-        state = vu.VringFd.unpack(payload, "SET_VRING_KICK")
-        if not state.has_fd:
-            raise VhostUserError("vhost-user: SET_VRING_KICK without a descriptor: polling is not supported")
-        self._rings.set_kick(state.index, _one(fds, state, "SET_VRING_KICK"))
-
-    def _set_vring_call(self, payload: bytes, fds: list[int]) -> None:
-        state = vu.VringFd.unpack(payload, "SET_VRING_CALL")
-        self._rings.set_call(state.index, _one(fds, state, "SET_VRING_CALL"))
-
-    def _set_vring_err(self, payload: bytes, fds: list[int]) -> None:
-        state = vu.VringFd.unpack(payload, "SET_VRING_ERR")
-        self._rings[state.index].own("err", _one(fds, state, "SET_VRING_ERR"))
-
-    def _set_vring_enable(self, payload: bytes, fds: list[int]) -> None:
-        state = vu.VringState.unpack(payload, "SET_VRING_ENABLE")
-        self._rings[state.index].enabled = bool(state.value)
-
-    def _set_backend_req_fd(self, payload: bytes, fds: list[int]) -> None:
-        old, self._request = self._request, adopt_socket(fds, "SET_BACKEND_REQ_FD")
-        if old is not None:
-            old.close()
-
-    def _get_config(self, payload: bytes, fds: list[int]) -> bytes:
-        asked = vu.ConfigSpace.unpack(payload, "GET_CONFIG")
-        shown = self.device.read_config(asked.offset, asked.size)
-        return vu.ConfigSpace(asked.offset, asked.size, 0, shown.ljust(len(asked.data), b"\0")).pack()
-
-    def _set_config(self, payload: bytes, fds: list[int]) -> None:
-        asked = vu.ConfigSpace.unpack(payload, "SET_CONFIG")
-        self.device.write_config(asked.offset, asked.data[: asked.size])
 
     # -- the host's side ------------------------------------------------------------------------------------------
 
@@ -400,10 +273,10 @@ class VhostUserBackend:
         """
         self.check_memory()
         self._rings.call()
-        if self._request is not None and self.running and self.device.take_config_change():
+        if self._messages.channel is not None and self.running and self.device.take_config_change():
             try:
                 message = vu.pack_message(vu.BackendRequest.CONFIG_CHANGE)
-                self._request.send(message, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
+                self._messages.channel.send(message, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
             except BlockingIOError:
                 pass  # notifications that were not read yet are pending: it will look at the config space
             except OSError as error:  # the front end is gone, which its socket will say
@@ -428,41 +301,3 @@ class VhostUserBackend:
     def save(self) -> dict[str, Any]:
         """Return features and rings for a migration: sizes and base indices. Call it while held."""
         return {"features": self.features & ~vu.F_PROTOCOL_FEATURES, "rings": self._rings.save()}
-
-
-def _one(fds: list[int], state: vu.VringFd, what: str) -> int:
-    """Keep the message's one descriptor; -1 if it says that there is none."""
-    if len(fds) != int(state.has_fd):
-        raise VhostUserError(f"vhost-user: {what} with {len(fds)} descriptors", queue=state.index)
-    if state.has_fd:
-        check_doorbell(fds[0], what, state.index)
-    return fds.pop() if state.has_fd else -1
-
-
-_Handler = Callable[[VhostUserBackend, bytes, list[int]], "bytes | None"]
-_HANDLERS: dict[int, _Handler] = {
-    Request.GET_FEATURES: VhostUserBackend._get_features,
-    Request.SET_FEATURES: VhostUserBackend._set_features,
-    Request.SET_OWNER: VhostUserBackend._nothing,
-    Request.RESET_OWNER: VhostUserBackend._reset_owner,
-    Request.RESET_DEVICE: VhostUserBackend._reset_device,
-    Request.SET_STATUS: VhostUserBackend._set_status,
-    Request.SET_MEM_TABLE: VhostUserBackend._set_mem_table,
-    Request.GET_MAX_MEM_SLOTS: VhostUserBackend._get_max_mem_slots,
-    Request.ADD_MEM_REG: VhostUserBackend._add_mem_reg,
-    Request.REM_MEM_REG: VhostUserBackend._rem_mem_reg,
-    Request.SET_VRING_NUM: VhostUserBackend._set_vring_num,
-    Request.SET_VRING_ADDR: VhostUserBackend._set_vring_addr,
-    Request.SET_VRING_BASE: VhostUserBackend._set_vring_base,
-    Request.GET_VRING_BASE: VhostUserBackend._get_vring_base,
-    Request.SET_VRING_KICK: VhostUserBackend._set_vring_kick,
-    Request.SET_VRING_CALL: VhostUserBackend._set_vring_call,
-    Request.SET_VRING_ERR: VhostUserBackend._set_vring_err,
-    Request.GET_PROTOCOL_FEATURES: VhostUserBackend._get_protocol_features,
-    Request.SET_PROTOCOL_FEATURES: VhostUserBackend._set_protocol_features,
-    Request.GET_QUEUE_NUM: VhostUserBackend._get_queue_num,
-    Request.SET_VRING_ENABLE: VhostUserBackend._set_vring_enable,
-    Request.SET_BACKEND_REQ_FD: VhostUserBackend._set_backend_req_fd,
-    Request.GET_CONFIG: VhostUserBackend._get_config,
-    Request.SET_CONFIG: VhostUserBackend._set_config,
-}

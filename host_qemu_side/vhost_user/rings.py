@@ -1,6 +1,6 @@
 """The rings that a vhost-user front end has set up: when they run, their doorbells, and what breaks them.
 
-Nothing here knows messages; `host_qemu_side.vhost_user.backend` says what the front end said. Whatever it said,
+Nothing here knows messages; `host_qemu_side.vhost_user.messages` says what the front end said. Whatever it said,
 `Rings.missing` alone decides whether a ring may run; `rest` and `wake` act upon it after each message.
 """
 
