@@ -10,6 +10,7 @@ import contextlib
 import fcntl
 import os
 import random
+import select
 import socket
 import struct
 import sys
@@ -95,9 +96,9 @@ class FrontEnd:
         data = vu.HEADER.pack(request, flags, len(payload)) + payload
         ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
         self.socket.sendmsg([data], ancillary)
-        with contextlib.suppress(BlockingIOError):
-            while self.socket.recv(1 << 16, socket.MSG_DONTWAIT):
-                pass
+        # A socket with a timeout waits for it even where the call says not to.
+        while select.select([self.socket], [], [], 0)[0] and self.socket.recv(1 << 16):
+            pass
 
     def close(self) -> None:
         self.socket.close()

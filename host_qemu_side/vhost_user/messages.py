@@ -147,19 +147,29 @@ class Messages:
         index = vu.VringState.unpack(payload, "GET_VRING_BASE").index
         return vu.VringState(index, self._rings.end(index)).pack()
 
+    def _doorbell(self, fds: list[int], state: vu.VringFd, what: str) -> int:
+        """Keep the message's one descriptor for a ring there is; -1 if it says that there is none."""
+        _ = self._rings[state.index]  # else nobody would own it
+        if len(fds) != int(state.has_fd):
+            raise VhostUserError(f"vhost-user: {what} with {len(fds)} descriptors", queue=state.index)
+        if not state.has_fd:
+            return -1
+        check_doorbell(fds[0], what, state.index)
+        return fds.pop()
+
     def _set_vring_kick(self, payload: bytes, fds: list[int]) -> None:
         state = vu.VringFd.unpack(payload, "SET_VRING_KICK")
         if not state.has_fd:
             raise VhostUserError("vhost-user: SET_VRING_KICK without a descriptor: polling is not supported")
-        self._rings.set_kick(state.index, _one(fds, state, "SET_VRING_KICK"))
+        self._rings.set_kick(state.index, self._doorbell(fds, state, "SET_VRING_KICK"))
 
     def _set_vring_call(self, payload: bytes, fds: list[int]) -> None:
         state = vu.VringFd.unpack(payload, "SET_VRING_CALL")
-        self._rings.set_call(state.index, _one(fds, state, "SET_VRING_CALL"))
+        self._rings.set_call(state.index, self._doorbell(fds, state, "SET_VRING_CALL"))
 
     def _set_vring_err(self, payload: bytes, fds: list[int]) -> None:
         state = vu.VringFd.unpack(payload, "SET_VRING_ERR")
-        self._rings[state.index].own("err", _one(fds, state, "SET_VRING_ERR"))
+        self._rings[state.index].own("err", self._doorbell(fds, state, "SET_VRING_ERR"))
 
     def _set_vring_enable(self, payload: bytes, fds: list[int]) -> None:
         state = vu.VringState.unpack(payload, "SET_VRING_ENABLE")
@@ -178,15 +188,6 @@ class Messages:
     def _set_config(self, payload: bytes, fds: list[int]) -> None:
         asked = vu.ConfigSpace.unpack(payload, "SET_CONFIG")
         self._device.write_config(asked.offset, asked.data[: asked.size])
-
-
-def _one(fds: list[int], state: vu.VringFd, what: str) -> int:
-    """Keep the message's one descriptor; -1 if it says that there is none."""
-    if len(fds) != int(state.has_fd):
-        raise VhostUserError(f"vhost-user: {what} with {len(fds)} descriptors", queue=state.index)
-    if state.has_fd:
-        check_doorbell(fds[0], what, state.index)
-    return fds.pop() if state.has_fd else -1
 
 
 _Handler = Callable[[Messages, bytes, list[int]], "bytes | None"]
