@@ -363,7 +363,12 @@ class Resumption:
 
         self._backend = backend = VhostUserBackend(device, self._loop, on_memory=connected)
         backend.hold()
-        self._guest.attach(backend, bases)
+        try:
+            self._guest.attach(backend, bases)
+        except PeerVanished as error:
+            if self._guest.refusal is None:
+                raise
+            raise StreamError(f"the guest cannot go on here: {self._guest.refusal}") from error
 
     def start(self) -> None:
         """Obey COMMIT: the guest runs, unless it was stopped at the source.

@@ -129,6 +129,8 @@ class PythonGuest:
         self._unanswered: deque[tuple[int, str]] = deque()
         self._frozen = False
         self._log_fd = -1
+        self.refusal: str | None = None
+        """Why the guest cannot be made of what is in its RAM, if it said so."""
         self._gone: str | None = None
         self._had_device = self._booted = False
         mine, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -226,7 +228,8 @@ class PythonGuest:
             raise DriverError(f"{fields.what}: it answers command {number}, which is not the next to be answered")
         wanted = self._unanswered[0][1]
         if event == "failed" and wanted == "attached":
-            raise DriverError(f"it cannot go on here: {visible(fields.text('why'))}")
+            self.refusal = visible(fields.text("why"))
+            raise DriverError(f"it cannot go on here: {self.refusal}")
         if event != wanted:
             raise DriverError(f"{fields.what}: it answers command {number}, whose answer is {wanted!r}")
         if event == "checked":

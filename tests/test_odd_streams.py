@@ -73,6 +73,7 @@ STREAMS = {
     "another emulator's": (tiny(guest=""), USAGE, "--no-resume"),
     "linux without a nonce": (tiny(guest="linux", hand_over=False), OK, "linux guest"),
     "an infinite number": (said(Kind.STATE, json.dumps(STATE).replace("28672", "1e999").encode()), PROTOCOL, ""),
+    "RAM without a guest": (join(REAL), PROTOCOL, "this RAM holds no guest"),
     "20000 rings": (state("transport", rings=[{"index": 0}] * 20_000), PROTOCOL, "20000 items"),
     "RAM elsewhere": (tiny(regions=[[4096, MIB]]), PROTOCOL, "one region from 0"),
     "zero pages lost": (said(Kind.END, b'{"pages":7,"zero_pages":3}'), PROTOCOL, "3 zero pages, 4 arrived"),
