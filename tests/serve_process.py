@@ -61,9 +61,9 @@ class Process:
 
 
 @contextlib.contextmanager
-def receiver(address):
+def receiver(address, *arguments):
     process = subprocess.Popen(
-        [*BALLOON, "receive", address, "--json"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [*BALLOON, "receive", address, "--json", *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
     kind, _, path = address.partition(":")
     if kind == "unix":
