@@ -1,41 +1,40 @@
 """Debian kernels on a QEMU of version 11 whose balloon is `balloon serve`: what front end and guest can do to it.
 
-``./run behind-qemu KERNEL...``. Each scene has a QEMU and a `serve` of its own; at its end the guest has used all its
-memory twice, and finds no page changed. Not part of ``./run test``: Debian's stable releases have an older QEMU.
+``./run behind-qemu KERNEL...``. Scenes are played one after another; at the end of each the guest has used all its
+memory twice, and found no page changed. Not part of ``./run test``: Debian's stable releases have an older QEMU.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from qemu_linux import DebianKernel, LinuxOnQemu, check_qemu, debian_kernel
-from qemu_scene import MIB, NEAR, Scene, Wrong
+from qemu_stage import MIB, NEAR, POISONING, Stage, Wrong
 from rich.console import Console as Terminal
 from rich.table import Table
 
-from balloon_cli.ctl import CommandFailed
+from balloon_cli.monitor_client import CommandFailed
 from guest_driver.qemu.package import QEMU_ENVIRONMENT, find_qemu
 from vring.errors import MissingFacility, UsageError, VirtioError
 
 PAGES = 64 * MIB >> 12
 """Size of the balloon in most scenes."""
 STATS = "/machine/peripheral/balloon0"
-RECONNECT = 200
-"""Milliseconds, where `serve` ends under a guest that lives."""
 
 
 # -- scenes -----------------------------------------------------------------------------------------------------------
 
 
-def inflate(s: Scene) -> None:
+def inflate(s: Stage) -> None:
     """Inflate, deflate."""
     held = [s.guest.held()]
     for pages in (PAGES, PAGES // 2, 0):
@@ -45,7 +44,7 @@ def inflate(s: Scene) -> None:
     s.note(f"{PAGES} pages; RAM on the host {' -> '.join(str(n >> 20) for n in held)} MiB")
 
 
-def hints(s: Scene) -> None:
+def hints(s: Stage) -> None:
     """Two runs of hints; a run that is stopped."""
     s.hints()
     s.serve.ask("hint-start")
@@ -54,7 +53,7 @@ def hints(s: Scene) -> None:
     s.hints()
 
 
-def stats(s: Scene) -> None:
+def stats(s: Stage) -> None:
     """Statistics, polled."""
     s.serve.ask("qom-set", path=STATS, property="guest-stats-polling-interval", value=1)
     for _ in range(2):
@@ -66,11 +65,11 @@ def stats(s: Scene) -> None:
     s.note(f"stat-free-memory {told['stat-free-memory'] >> 20} MiB, MemFree {is_so >> 20} MiB")
 
 
-def _stats(s: Scene) -> dict[str, Any]:
+def _stats(s: Stage) -> dict[str, Any]:
     return s.serve.ask("qom-get", path=STATS, property="guest-stats")
 
 
-def reporting(s: Scene) -> None:
+def reporting(s: Stage) -> None:
     """Reported pages are dropped where the guest does not poison."""
     s.guest.run("dd if=/dev/zero of=/fill/more bs=1M count=100 2>&1")
     full = s.guest.held()
@@ -79,7 +78,7 @@ def reporting(s: Scene) -> None:
     s.note(f"RAM on the host {full >> 20} -> {s.guest.held() >> 20} MiB")
 
 
-def out_of_memory(s: Scene) -> None:
+def out_of_memory(s: Stage) -> None:
     """The guest takes pages out of its balloon when it runs out of memory."""
     s.balloon(2 * PAGES)
     s.agree(2 * PAGES, "the balloon has its size")
@@ -90,16 +89,15 @@ def out_of_memory(s: Scene) -> None:
     s.agree(0, "the balloon is empty")
 
 
-def stop_cont(s: Scene) -> None:
+def stop_cont(s: Stage) -> None:
     """QEMU's stop and cont."""
     s.balloon(PAGES)
     s.agree(PAGES, "the balloon has its size")
     for _ in range(2):
-        s.guest.qmp.execute("stop")
-        stopped = s.size - s.serve.ask("query-balloon")["actual"] >> 12, s.device()["balloon-pages"]
-        if stopped != (PAGES, PAGES):
-            raise Wrong(f"while it is stopped `serve` has {stopped} pages, not {PAGES}")
-        s.guest.qmp.execute("cont")
+        with s.stopped():
+            shown = s.shown()
+        if shown != (PAGES, PAGES):
+            raise Wrong(f"while it is stopped `serve` shows {shown} pages, not {PAGES}")
         s.agree(PAGES, "the balloon is what it was before the stop")
         s.use_memory()
     s.note(f"{PAGES} pages throughout")
@@ -108,41 +106,37 @@ def stop_cont(s: Scene) -> None:
     s.hints()
 
 
-def change_while_stopped(s: Scene) -> None:
+def change_while_stopped(s: Stage) -> None:
     """A new size and a run of hints while QEMU has stopped."""
     for pages in (PAGES, PAGES // 2):
-        s.guest.qmp.execute("stop")
-        s.balloon(pages)
-        time.sleep(1)
-        s.guest.qmp.execute("cont")
+        with s.stopped():
+            s.balloon(pages)
         s.agree(pages, "the balloon has the size that was asked for while stopped")
-    s.guest.qmp.execute("stop")
-    with contextlib.suppress(CommandFailed):
-        s.serve.ask("hint-start")
-        s.note("hints asked for while stopped")
-    time.sleep(1)
-    s.guest.qmp.execute("cont")
-    s.serve.ask("hint-done")
+    with s.stopped():
+        try:
+            s.serve.ask("hint-start")
+        except CommandFailed:
+            s.note("a run of hints is refused meanwhile")
+        else:
+            raise Wrong("a run of hints began that the guest cannot hear of")
     s.hints()
 
 
-def hints_over_stop(s: Scene) -> None:
+def hints_over_stop(s: Stage) -> None:
     """QEMU stops while the guest's pages are with the host, and while a run goes on."""
     before = s.guest.meminfo("MemFree")
     s.serve.ask("hint-start")
     for _ in range(2):
-        s.guest.qmp.execute("stop")
-        time.sleep(0.5)
-        s.guest.qmp.execute("cont")
+        with s.stopped():
+            pass
         s.until("the guest ended its run of hints", lambda: s.serve.ask("query-hint")["ended-by"] == "guest")
-    s.guest.qmp.execute("stop")
-    s.serve.ask("hint-done")
-    s.guest.qmp.execute("cont")
+    with s.stopped():
+        s.serve.ask("hint-done")
     s.until("the guest has its hinted pages back", lambda: s.guest.meminfo("MemFree") > before - NEAR)
     s.hints()
 
 
-def reload(s: Scene) -> None:
+def reload(s: Stage) -> None:
     """The driver is removed with a balloon, and comes back."""
     for _ in range(3):
         s.balloon(PAGES)
@@ -156,20 +150,19 @@ def reload(s: Scene) -> None:
     s.hints()
 
 
-def change_while_unloaded(s: Scene) -> None:
+def change_while_unloaded(s: Stage) -> None:
     """A new size while there is no driver."""
     s.balloon(PAGES)
     s.agree(PAGES, "the balloon has its size")
     s.guest.unload()
     s.balloon(PAGES // 2)
-    time.sleep(1)
     s.use_memory()
     s.guest.load()
     s.agree(PAGES // 2, "the next driver inflates to the size asked for meanwhile")
 
 
-def _boots_again(how: Callable[[LinuxOnQemu], object]) -> Callable[[Scene], None]:
-    def scene(s: Scene) -> None:
+def _boots_again(how: Callable[[LinuxOnQemu], object]) -> Callable[[Stage], None]:
+    def scene(s: Stage) -> None:
         s.balloon(PAGES)
         s.agree(PAGES, "the balloon has its size")
         s.serve.ask("hint-start")
@@ -192,7 +185,7 @@ crash = _boots_again(lambda guest: guest.begin("echo c >/proc/sysrq-trigger"))
 sysrq_reboot = _boots_again(lambda guest: guest.begin("echo b >/proc/sysrq-trigger"))
 
 
-def another_qemu(s: Scene) -> None:
+def another_qemu(s: Stage) -> None:
     """QEMU is killed, another one connects."""
     s.balloon(PAGES)
     s.agree(PAGES, "the balloon has its size")
@@ -203,29 +196,29 @@ def another_qemu(s: Scene) -> None:
     s.hints()
 
 
-def serve_again(s: Scene) -> None:
-    """`serve` is killed and started again under a guest that lives."""
+def serve_gone(s: Stage) -> None:
+    """`serve` is killed under a guest that lives: QEMU does not connect again, the guest goes on as it is."""
     s.balloon(PAGES)
     s.agree(PAGES, "the balloon has its size")
-    for _ in range(2):
-        s.serve.process.kill()
-        s.serve.process.wait()
-        time.sleep(1)
-        s.serve = s.new_serve()
-        s.until("QEMU connects again", lambda: s.device()["front-end"]["memory"])
-        s.until("the rings run again", lambda: s.device()["queues"][0]["live"])
-        s.note("after it: guest {}, query-balloon {}, record {}".format(*s.figures()))
-        s.hints()
-    s.balloon(PAGES // 2)
-    s.until("the guest follows", lambda: s.guest.balloon_pages() == PAGES // 2)
-    s.note("then: guest {}, query-balloon {}, record {}".format(*s.figures()))
+    s.serve.process.kill()
+    s.serve.process.wait()
+    s.guest.run("dd if=/dev/zero of=/fill/more bs=1M count=40 2>&1; rm /fill/more")
+    kept, same = s.guest.balloon_pages(), s.file() == s.digest
+    s.serve = s.new_serve()
+    s.alive()
+    if kept != PAGES or not same:
+        raise Wrong(f"without its device the guest has {kept} pages in the balloon, its file is {same=}")
+    s.note(f"the guest went on with {kept} pages in its balloon")
+    s.guest.kill()
+    s.start()
+    s.hints()
 
 
-SCENES: dict[str, Callable[[Scene], None]] = {
+SCENES: dict[str, Callable[[Stage], None]] = {
+    "reporting": reporting,
     "inflate": inflate,
     "hints": hints,
     "stats": stats,
-    "reporting": reporting,
     "out-of-memory": out_of_memory,
     "stop-cont": stop_cont,
     "change-while-stopped": change_while_stopped,
@@ -237,32 +230,44 @@ SCENES: dict[str, Callable[[Scene], None]] = {
     "crash": crash,
     "sysrq-reboot": sysrq_reboot,
     "another-qemu": another_qemu,
-    "serve-again": serve_again,
+    "serve-gone": serve_gone,
 }
 
 
-def play(options: argparse.Namespace, kernel: DebianKernel, name: str) -> tuple[list[str], list[str]]:
-    """Play a scene; return what was seen and what was wrong."""
-    with tempfile.TemporaryDirectory(prefix="behind-qemu-") as folder:
-        arguments = "" if name == "reporting" else "page_poison=1"
-        scene = Scene(options, kernel, Path(folder), arguments)
-        wrong = []
-        start = partial(scene.start, RECONNECT if name == "serve-again" else 0)
-        for step in (start, partial(SCENES[name], scene), scene.end):
-            try:
-                step()
-            except (Wrong, VirtioError, CommandFailed, OSError) as error:
-                wrong.append(f"{type(error).__name__}: {error}")
-        trouble = scene.close()
-        if trouble:
-            wrong.append(f"{len(trouble)} complaints of its kernel, first: {trouble[0]}")
-        if wrong and options.keep:
-            kept = Path(options.keep) / f"{kernel.release}-{name}"
-            kept.mkdir(parents=True, exist_ok=True)
-            for path in (scene.serve.log, Path(folder) / "console", Path(folder) / "qemu"):
-                if path.exists():
-                    (kept / path.name).write_bytes(path.read_bytes())
-        return scene.seen, wrong
+def play(stage: Stage, name: str) -> list[str]:
+    """Play a scene; return what was wrong."""
+    wrong, before = [], len(stage.trouble())
+    for step in (stage.begin, partial(SCENES[name], stage), stage.end):
+        try:
+            step()
+        except (Wrong, VirtioError, OSError) as error:
+            wrong.append(f"{type(error).__name__}: {error}")
+            if not stage.size:  # it has not begun
+                break
+    if trouble := stage.trouble()[before:]:
+        wrong.append(f"{len(trouble)} complaints of its kernel, first: {trouble[0]}")
+    return wrong
+
+
+def play_all(options: argparse.Namespace, kernel: DebianKernel, cache: Path) -> Iterator[tuple[str, ...]]:
+    """Play scenes with a kernel; yield rows of the table."""
+    with contextlib.ExitStack() as closing:
+        stage: Stage | None = None
+        for name in options.only or SCENES:
+            began = time.monotonic()
+            arguments = "" if name == "reporting" else POISONING
+            if stage is None or stage.arguments != arguments:
+                closing.close()
+                stage = Stage(options.qemu, kernel, cache, arguments)
+                closing.callback(stage.close)
+            wrong = play(stage, name)
+            yield kernel.release, name, f"{time.monotonic() - began:.0f}", "; ".join(stage.seen), "; ".join(wrong)
+            if wrong:
+                if options.keep:
+                    kept, no_sockets = Path(options.keep) / f"{kernel.release}-{name}", shutil.ignore_patterns("*.sock")
+                    shutil.copytree(stage.folder, kept, ignore=no_sockets, dirs_exist_ok=True)
+                closing.close()
+                stage = None
 
 
 def main() -> int:
@@ -280,18 +285,15 @@ def main() -> int:
         print(f"behind-qemu: {error}", file=sys.stderr)
         return 3 if isinstance(error, MissingFacility) else 2
     options.qemu = qemu.path
-    terminal = Terminal(width=None if sys.stdout.isatty() else 160)
+    terminal = Terminal(width=None if sys.stdout.isatty() else 120)
     table = Table("kernel", "scene", "s", "seen", "verdict", title=qemu.version)
     failed = 0
-    with tempfile.TemporaryDirectory() as options.cache:
+    with tempfile.TemporaryDirectory() as cache:
         for kernel in kernels:
-            for name in options.only or SCENES:
-                began = time.monotonic()
-                seen, wrong = play(options, kernel, name)
+            for *row, wrong in play_all(options, kernel, Path(cache)):
                 failed += bool(wrong)
-                row = (kernel.release, name, f"{time.monotonic() - began:.0f}", "; ".join(seen), "; ".join(wrong))
-                print(*row[:4], row[4] or "good", sep=" | ", file=sys.stderr, flush=True)
-                table.add_row(*row[:4], row[4] or "good")
+                print(*row, wrong or "good", sep=" | ", file=sys.stderr, flush=True)
+                table.add_row(*row, wrong or "good")
     terminal.print(table)
     return 1 if failed else 0
 

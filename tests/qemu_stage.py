@@ -1,11 +1,11 @@
-"""One scene of `behind_qemu.py`: a guest on QEMU, a `serve` that is its balloon, and what can be asked of both."""
+"""Where the scenes of `behind_qemu.py` are played: a guest on QEMU, a `serve` that is its balloon."""
 
 from __future__ import annotations
 
-import argparse
 import contextlib
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,8 @@ from qemu_linux import DebianKernel, LinuxOnQemu
 from serve_process import Process
 
 MIB = 1 << 20
-POISON = 0xAAAAAAAA
+POISONING, POISON = "page_poison=1", 0xAAAAAAAA
+"""Argument of a kernel that fills its free pages, and with what."""
 NEAR = 24 * MIB
 """How far figures of free memory may be apart that are taken one after another."""
 
@@ -22,30 +23,32 @@ class Wrong(Exception):
     """Something is not as it has to be."""
 
 
-class Scene:
-    """One guest, one `serve`, and what was seen."""
+class Stage:
+    """One guest, one `serve`, what is asked of them, and what was seen in the scene that is played."""
 
-    def __init__(self, options: argparse.Namespace, kernel: DebianKernel, folder: Path, arguments: str) -> None:
-        self.options, self.kernel, self.folder, self.arguments = options, kernel, folder, arguments
+    def __init__(self, qemu: str, kernel: DebianKernel, cache: Path, arguments: str) -> None:
+        self._qemu, self._kernel, self._cache, self.arguments = qemu, kernel, cache, arguments
+        self._temporary = tempfile.TemporaryDirectory(prefix="behind-qemu-")
+        self.folder = Path(self._temporary.name)
         self.seen: list[str] = []
         self.size = 0
         self.digest = ""
         self.serve = self.new_serve()
         self._guest: LinuxOnQemu | None = None
 
+    def begin(self) -> None:
+        """Begin a scene."""
+        self.seen.clear()
+        if self._guest is None:
+            self.start()
+
     def new_serve(self) -> Process:
         return Process(self.folder, "--profile", "linux", "--features", "all", guest=False)
 
-    def start(self, reconnect: int = 0) -> None:
+    def start(self) -> None:
         """Start QEMU and the balloon's driver in its guest."""
         self._guest = LinuxOnQemu(
-            self.options.qemu,
-            self.kernel,
-            self.folder,
-            Path(self.options.cache),
-            self.serve.socket,
-            arguments=self.arguments,
-            reconnect=reconnect,
+            self._qemu, self._kernel, self.folder, self._cache, self.serve.socket, arguments=self.arguments
         )
         self.guest.boot()
         self.prepare()
@@ -58,15 +61,15 @@ class Scene:
 
     def prepare(self) -> None:
         """After a boot: load the driver, and write a file that has to stay as it is."""
-        self.digest = self.guest.run("dd if=/dev/urandom of=/fill/keep bs=1M count=32 2>&1; md5sum /fill/keep")
-        self.digest = self.digest.splitlines()[-1]
+        self.guest.run("dd if=/dev/urandom of=/fill/keep bs=1M count=32 2>&1")
+        self.digest = self.file()
         self.guest.load()
         self.until("the driver is there", lambda: self.device()["config"]["poison-val"] == self.poison)
         self.size = self.device()["front-end"]["memory"]
 
     @property
     def poison(self) -> int:
-        return POISON if "page_poison=1" in self.arguments else 0
+        return POISON if self.arguments == POISONING else 0
 
     def device(self) -> dict[str, Any]:
         return self.serve.ask("query-device")
@@ -95,8 +98,11 @@ class Scene:
 
     def figures(self) -> tuple[int, int, int]:
         """Return the size of the balloon by the guest's kernel, by its word to the device, by the device's record."""
-        told = self.size - self.serve.ask("query-balloon")["actual"] >> 12
-        return self.guest.balloon_pages(), told, self.device()["balloon-pages"]
+        return self.guest.balloon_pages(), *self.shown()
+
+    def shown(self) -> tuple[int, int]:
+        """Return what `serve` alone says of it."""
+        return self.size - self.serve.ask("query-balloon")["actual"] >> 12, self.device()["balloon-pages"]
 
     def agree(self, pages: int, what: str) -> None:
         figures: tuple[int, ...] = ()
@@ -111,6 +117,15 @@ class Scene:
         except Wrong as error:
             raise Wrong(f"{error}: {pages} pages wanted; guest, query-balloon, record: {figures}") from error
 
+    @contextlib.contextmanager
+    def stopped(self) -> Iterator[None]:
+        """Within the block, and for a little longer, QEMU has stopped."""
+        self.guest.qmp.execute("stop")
+        yield
+        time.sleep(0.5)
+        self.alive()
+        self.guest.qmp.execute("cont")
+
     def hints(self) -> None:
         """A run of hints: the guest gives its free memory away and gets it back."""
         before = self.guest.meminfo("MemFree")
@@ -124,27 +139,37 @@ class Scene:
         if not blocks or abs(before - during - blocks * 4 * MIB) > NEAR:
             raise Wrong("blocks and MemFree do not agree")
 
+    def file(self) -> str:
+        """Return the digest of the guest's file, as it is now."""
+        return self.guest.run("md5sum /fill/keep")
+
     def use_memory(self) -> None:
-        """The guest fills its memory, frees it, lets it be reported, and fills it again; its file is as it was."""
+        """The guest fills its memory, frees it, lets it be reported, and fills it again; its file is as it was.
+
+        What is left free keeps it from taking pages out of its balloon.
+        """
         for _ in range(2):
-            self.guest.run("guest_tool churn --keep 0")
+            self.guest.run("guest_tool churn --keep 0 --reserve 20M")
             time.sleep(3)
-        if self.guest.run("md5sum /fill/keep") != self.digest:
+        if self.file() != self.digest:
             raise Wrong("a file in the guest's memory has changed")
 
     def end(self) -> None:
         """What has to be true after every scene."""
         self.use_memory()
-        self.alive()
-        if bad := {request["what"]: request["count"] for request in self.device()["bad-requests"]}:
-            self.note(f"refused: {bad}")
+        self.balloon(0)
+        self.agree(0, "the balloon is empty")
+        if bad := self.device()["bad-requests"]:
+            raise Wrong(f"refused requests: {bad}")
 
-    def close(self) -> list[str]:
-        """End both; return the complaints of the guest's kernel."""
-        trouble: list[str] = []
+    def trouble(self) -> list[str]:
+        """Return the complaints of all kernels so far."""
+        return [] if self._guest is None else self._guest.trouble()
+
+    def close(self) -> None:
+        """End both."""
         if self._guest is not None:
             self._guest.kill()
-            trouble = self._guest.trouble()
         with contextlib.suppress(Exception):
             self.serve.end()
-        return trouble
+        self._temporary.cleanup()
