@@ -81,14 +81,18 @@ class FrontEnd:
     def __init__(self, path: Path, rng: random.Random) -> None:
         self.rng = rng
         self.sent = 0
+        self.socket = socket.socket(socket.AF_UNIX)
+        self.socket.settimeout(2.0)
+        try:
+            self.socket.connect(str(path))
+        except OSError:
+            self.socket.close()
+            raise
         self.ram = os.memfd_create("odd-ram")
         os.ftruncate(self.ram, RAM)
         self._own: list[int] = [self.ram]
         self._kicks: list[int] = []
         self._calls: list[int] = []
-        self.socket = socket.socket(socket.AF_UNIX)
-        self.socket.settimeout(2.0)
-        self.socket.connect(str(path))
 
     def say(self, request: int, payload: bytes = b"", fds: list[int] | None = None, *, flags: int = 1) -> None:
         """Send one message; what the other end answered is thrown away."""
