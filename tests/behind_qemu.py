@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import random
+import secrets
 import shutil
 import sys
 import tempfile
@@ -95,9 +97,9 @@ def stop_cont(s: Stage) -> None:
     s.agree(PAGES, "the balloon has its size")
     for _ in range(2):
         with s.stopped():
-            shown = s.shown()
-        if shown != (PAGES, PAGES):
-            raise Wrong(f"while it is stopped `serve` shows {shown} pages, not {PAGES}")
+            shown = *s.shown(), s.serve.ask("query-balloon").get("rings")
+        if shown != (PAGES, PAGES, "stopped"):
+            raise Wrong(f"while it is stopped `serve` shows {shown}, not {PAGES} pages")
         s.agree(PAGES, "the balloon is what it was before the stop")
         s.use_memory()
     s.note(f"{PAGES} pages throughout")
@@ -185,6 +187,41 @@ crash = _boots_again(lambda guest: guest.begin("echo c >/proc/sysrq-trigger"))
 sysrq_reboot = _boots_again(lambda guest: guest.begin("echo b >/proc/sysrq-trigger"))
 
 
+def at_random(s: Stage) -> None:
+    """Forty of these things, in any order."""
+    chance = random.Random(s.seed)
+    s.note(f"--seed {s.seed}")
+    pages, stopped, loaded = 0, False, True
+    for _ in range(40):
+        what = chance.choice(("size", "stop or cont", "driver", "reset", "hint-start", "hint-stop", "hint-done"))
+        if what == "size":
+            pages = chance.choice((0, PAGES // 4, PAGES // 2, PAGES))
+            s.balloon(pages)
+        elif what == "stop or cont":
+            stopped = not stopped
+            s.guest.qmp.execute("stop" if stopped else "cont")
+        elif what.startswith("hint"):
+            with contextlib.suppress(CommandFailed):
+                s.serve.ask(what)
+        elif what == "driver" and not stopped:
+            loaded = not loaded
+            (s.guest.load if loaded else s.guest.unload)()
+        elif what == "reset" and not stopped and chance.random() < 0.2:
+            s.guest.reboot(lambda: s.guest.qmp.execute("system_reset"))
+            s.prepare()
+            loaded = True
+        s.alive()
+        time.sleep(chance.random() * 0.5)
+    if stopped:
+        s.guest.qmp.execute("cont")
+    if not loaded:
+        s.guest.load()
+    with contextlib.suppress(CommandFailed):
+        s.serve.ask("hint-done")
+    s.agree(pages, "in the end the balloon has the size asked for last")
+    s.hints()
+
+
 def another_qemu(s: Stage) -> None:
     """QEMU is killed, another one connects."""
     s.balloon(PAGES)
@@ -229,6 +266,7 @@ SCENES: dict[str, Callable[[Stage], None]] = {
     "reset": reset,
     "crash": crash,
     "sysrq-reboot": sysrq_reboot,
+    "random": at_random,
     "another-qemu": another_qemu,
     "serve-gone": serve_gone,
 }
@@ -258,7 +296,7 @@ def play_all(options: argparse.Namespace, kernel: DebianKernel, cache: Path) -> 
             arguments = "" if name == "reporting" else POISONING
             if stage is None or stage.arguments != arguments:
                 closing.close()
-                stage = Stage(options.qemu, kernel, cache, arguments)
+                stage = Stage(options.qemu, kernel, cache, arguments, options.seed)
                 closing.callback(stage.close)
             wrong = play(stage, name)
             yield kernel.release, name, f"{time.monotonic() - began:.0f}", "; ".join(stage.seen), "; ".join(wrong)
@@ -275,6 +313,7 @@ def main() -> int:
     parser.add_argument("kernels", nargs="+", metavar="KERNEL", help="folder where a Debian kernel was unpacked")
     parser.add_argument("--qemu", default="", help=f"the program, or its folder; default: ${QEMU_ENVIRONMENT}, PATH")
     parser.add_argument("--only", action="append", choices=SCENES, help="play this scene; may be repeated")
+    parser.add_argument("--seed", type=int, default=secrets.randbits(32), help="of the scene random")
     parser.add_argument("--keep", metavar="FOLDER", help="keep the logs of scenes that went wrong")
     options = parser.parse_args()
     try:

@@ -26,10 +26,11 @@ class Wrong(Exception):
 class Stage:
     """One guest, one `serve`, what is asked of them, and what was seen in the scene that is played."""
 
-    def __init__(self, qemu: str, kernel: DebianKernel, cache: Path, arguments: str) -> None:
+    def __init__(self, qemu: str, kernel: DebianKernel, cache: Path, arguments: str, seed: int) -> None:
         self._qemu, self._kernel, self._cache, self.arguments = qemu, kernel, cache, arguments
         self._temporary = tempfile.TemporaryDirectory(prefix="behind-qemu-")
         self.folder = Path(self._temporary.name)
+        self.seed = seed
         self.seen: list[str] = []
         self.size = 0
         self.digest = ""
