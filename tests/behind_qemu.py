@@ -211,7 +211,7 @@ def at_random(s: Stage) -> None:
             s.prepare()
             loaded = True
         s.alive()
-        time.sleep(chance.random() * 0.5)
+        time.sleep(0.05 + chance.random() / 2)  # a config change that finds QEMU stopped ends it, whoever sends it
     if stopped:
         s.guest.qmp.execute("cont")
     if not loaded:
