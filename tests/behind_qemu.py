@@ -161,6 +161,7 @@ def change_while_unloaded(s: Stage) -> None:
     s.use_memory()
     s.guest.load()
     s.agree(PAGES // 2, "the next driver inflates to the size asked for meanwhile")
+    s.note(f"{PAGES} -> {PAGES // 2} pages")
 
 
 def _boots_again(how: Callable[[LinuxOnQemu], object]) -> Callable[[Stage], None]:
