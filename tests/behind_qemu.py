@@ -192,6 +192,7 @@ def at_random(s: Stage) -> None:
     """Forty of these things, in any order."""
     chance = random.Random(s.seed)
     s.note(f"--seed {s.seed}")
+    s.seed += 1  # if it is played again
     pages, stopped, loaded = 0, False, True
     for _ in range(40):
         what = chance.choice(("size", "stop or cont", "driver", "reset", "hint-start", "hint-stop", "hint-done"))
