@@ -277,7 +277,7 @@ SCENES: dict[str, Callable[[Stage], None]] = {
 def play(stage: Stage, name: str) -> list[str]:
     """Play a scene; return what was wrong."""
     wrong, before = [], len(stage.trouble())
-    for step in (stage.begin, partial(SCENES[name], stage), stage.end):
+    for step in (stage.begin, partial(SCENES[name], stage), stage.empty, stage.end):
         try:
             step()
         except (Wrong, VirtioError, OSError) as error:
