@@ -6,7 +6,7 @@ given up, or with the elements of the free page queue is the embedder's: `hint_s
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -87,6 +87,8 @@ class BalloonDevice(Requests):
         """Shown each command and each block of the free page queue, before it is judged; no other queue."""
         self.dirty_log: SoftwareDirtyLog | None = None
         """Where the device logs what it writes itself: used rings and discarded pages."""
+        self.enough: Callable[[], bool] = lambda: False
+        """Asked after each buffer: whether the others are left to the next call of `process`."""
         self.config = BalloonConfig(features)
         self.hinting = HintRun(profile)
         self.negotiated = 0
@@ -125,9 +127,10 @@ class BalloonDevice(Requests):
         self._queues.clear()
         self._held_stats = None
         self._memory = memory
-        before = self.ballooned_pages
-        self._ballooned = self._ballooned.within(memory.page_layout if memory else PageLayout(0))
-        self.ballooned_pages = len(self._ballooned)
+        layout, before = memory.page_layout if memory else PageLayout(0), self.ballooned_pages
+        if layout != self._ballooned.layout:  # a table may be of terabytes that are nowhere: what is empty is not read
+            self._ballooned = self._ballooned.within(layout) if before else PageSet(layout)
+            self.ballooned_pages = len(self._ballooned) if before else 0
         if self.ballooned_pages < before and isinstance(self.discard, LearnsDeflate):
             self.discard.reset()  # what is gone may come back as other memory, which the guest uses
 
@@ -394,7 +397,7 @@ class BalloonDevice(Requests):
         return None if index is None else self._queues.get(index)
 
     def process(self, index: int) -> int:
-        """Serve a queue until it is empty, or for `ROUNDS_PER_CALL` batches; return how many buffers that was.
+        """Serve a queue until it is empty, `enough`, or `ROUNDS_PER_CALL` batches; return how many buffers that was.
 
         Raises
         ------
@@ -408,13 +411,13 @@ class BalloonDevice(Requests):
         for _ in range(ROUNDS_PER_CALL):
             n = self.process_batch(index)
             served += n
-            if n == 0 and not queue.enable_notify():
+            if (n == 0 and not queue.enable_notify()) or (n and self.enough()):
                 break
         self._log_used_ring(queue)  # asking for kicks wrote to it, if nothing else did
         return served
 
     def process_batch(self, index: int, maximum: int = BATCH) -> int:
-        """Pop one batch, let it take effect, return it. Return how many buffers it had, 0 if none is there.
+        """Pop one batch, let it take effect until it is `enough`, return that. Return how many buffers it was, 0: none.
 
         For whoever wants to choose what comes between two batches; kicks are not asked for again, `process` does that.
 
@@ -458,6 +461,8 @@ class BalloonDevice(Requests):
                 first = int(chain["first_seg"])
                 back += self._request(role, batch.segs[first : first + int(chain["n_segs"])], chain)
                 acted += 1
+                if self.enough():
+                    break
         finally:
             # What failed half way stays available: it is acknowledged only when it has been done.
             if acted < n:
@@ -466,7 +471,7 @@ class BalloonDevice(Requests):
             if len(done) and queue.push(done):
                 self._calls.add(index)
             self._log_used_ring(queue)
-        return n
+        return acted
 
     def _request(self, role: QueueRole, segs: npt.NDArray[Any], chain: Any) -> list[int]:
         """Let one buffer take effect; return the heads to give back."""

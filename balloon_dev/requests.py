@@ -28,8 +28,8 @@ U64 = npt.NDArray[np.uint64]
 HintSink = Callable[[int, U64, U64], None]
 Discard = Callable[[U64, U64], None]
 
-MAX_REQUEST_BYTES = 1 << 20
-"""A list of PFNs longer than this is a bad request: no driver sends one."""
+MAX_REQUEST_BYTES = 1 << 14
+"""A list of PFNs longer than this is a bad request: no driver sends one, and it would take long."""
 MAX_REPORT_RANGES = 256
 """Ranges of one report; Linux sends 32."""
 _STATS_BYTES = (MAX_ENTRIES + 1) * ENTRY.itemsize

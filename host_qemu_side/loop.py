@@ -11,12 +11,14 @@ from collections import deque
 from collections.abc import Callable
 
 from vring.backing import close_with
-from vring.errors import PeerVanished
+from vring.errors import PeerVanished, reason
 from vring.unix_socket import UnixListener
 
-__all__ = ["Loop"]
+__all__ = ["TURN", "Loop"]
 
 log = logging.getLogger(__name__)
+TURN = 0.02
+"""Seconds that one peer has before it is others' turn: it may have more to say than ever ends, or what takes long."""
 ACCEPT_AGAIN = 0.2
 """Seconds until connections are accepted again that there was no room for."""
 READ = selectors.EVENT_READ
@@ -99,7 +101,14 @@ class Loop:
             else:
                 full = False
                 if connection is not None:
-                    take(connection)
+                    received(connection)
+
+        def received(connection: socket.socket) -> None:
+            try:
+                take(connection)
+            except Exception as error:  # no memory, say, to wait for what it sends: it ends, and nobody else
+                log.error("%s: a connection was dropped: %s", listener.path, reason(error))
+                connection.close()
 
         def again() -> None:
             if listener.fileno() >= 0:

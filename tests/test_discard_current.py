@@ -122,7 +122,7 @@ def test_a_table_change_keeps_what_is_still_there(ram, host):
     """Memory comes, memory goes, and parts given before count with those given after."""
     host.driver(TELLS)
     host.inflate(0, 15)
-    host.device._ballooned.set_run(0, 15)
+    host.device.ballooned_pages = host.device._ballooned.set_run(0, 15)
     with big_pages(ram, (0, MIB, 0), (1 << 40, MIB, MIB)) as more:
         fill(more)
         host.change(more)

@@ -114,3 +114,25 @@ def test_a_listener_that_was_closed_while_it_waited(loop: Loop, tmp_path: Path) 
     while time.monotonic() < end:
         loop.run_once(0.1)
     assert loop.filenos() == [loop.filenos()[0]], "its own only"
+
+
+def test_a_connection_that_cannot_be_taken_is_dropped_alone(loop: Loop, tmp_path: Path) -> None:
+    taken: list[socket.socket] = []
+
+    def take(connection: socket.socket) -> None:
+        if not taken:
+            taken.append(connection)
+            raise OSError("no room to watch it")
+        taken.append(connection)
+
+    listener = UnixListener(str(tmp_path / "s"))
+    loop.listen(listener, take)
+    for n in (1, 2):
+        with socket.socket(socket.AF_UNIX) as client:
+            client.connect(listener.path)
+            loop.run_once(1)
+            assert len(taken) == n
+    assert [connection.fileno() < 0 for connection in taken] == [True, False]
+    taken[1].close()
+    loop.unwatch(listener.fileno())
+    listener.close()

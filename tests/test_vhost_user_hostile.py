@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 from explore_messages import Findings, descriptors, under_watch
-from raw_front_end import SIZE, RawFrontEnd
+from raw_front_end import SIZE, USER, RawFrontEnd
 from serve_process import Process, wait_for
 
 from balloon_cli.monitor_client import MonitorClient
@@ -128,6 +128,40 @@ def half_a_message(serve: Process) -> None:
     time.sleep(1000)
 
 
+def many_buffers(serve: Process) -> None:
+    """A ring as large as can be, full of requests."""
+    size, desc, avail, used = 32768, 0x100000, 0x200000, 0x280000
+    front = RawFrontEnd(serve.socket).hello()
+    front.map[desc : desc + 16 * size] = struct.pack("<QIHH", 0x20000, 4, 0, 0) * size
+    front.map[avail + 4 : avail + 4 + 2 * size] = struct.pack(f"<{size}H", *range(size))
+    front.map[0x20000:0x20004] = struct.pack("<I", 100)
+    added = 0
+    at = [USER + part for part in (desc, used, avail)]
+    front.ask(Request.SET_VRING_NUM, vu.VringState(0, size).pack())
+    front.ask(Request.SET_VRING_BASE, vu.VringState(0, 0).pack())
+    front.ask(Request.SET_VRING_ADDR, vu.VringAddr(0, 0, *at, 0).pack())
+    front.ask(Request.SET_VRING_KICK, vu.VringFd(0, True).pack(), [front.kick])
+    front.ask(Request.SET_VRING_ENABLE, vu.VringState(0, 1).pack())
+    words = memoryview(front.map).cast("H")
+    while True:
+        if words[used // 2 + 1] == added:
+            added = added + size & 0xFFFF
+            words[avail // 2 + 1] = added
+            front.ring_the_bell()
+        time.sleep(0.001)
+
+
+def huge_tables(serve: Process) -> None:
+    """Tables of terabytes that are nowhere."""
+    front = RawFrontEnd(serve.socket).hello()
+    size = 1 << 44
+    os.ftruncate(front.ram, size)
+    tables = [vu.MemoryRegion.pack_table([vu.MemoryRegion(0, size - less, USER, 0)]) for less in (0, 4096)]
+    while True:
+        for table in tables:
+            front.send(Request.SET_MEM_TABLE, table, [front.ram])
+
+
 class Load:
     """A process that does one thing over and over."""
 
@@ -152,7 +186,16 @@ class Load:
 
 @pytest.mark.parametrize(
     "act",
-    [flood_messages, flood_refusals, refill_for_ever, flood_monitor, connect_over_and_over, half_a_message],
+    [
+        flood_messages,
+        flood_refusals,
+        refill_for_ever,
+        many_buffers,
+        huge_tables,
+        flood_monitor,
+        connect_over_and_over,
+        half_a_message,
+    ],
 )
 def test_the_monitor_and_sigterm_answer_under_load(serve: Process, act: Callable[[Process], None]) -> None:
     findings = Findings()

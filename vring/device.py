@@ -6,7 +6,7 @@ threads or clocks, so a test can choose the order of every step.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol, runtime_checkable
 
 from vring.features import Status
@@ -104,6 +104,14 @@ class HearsStatus(Protocol):
 
     def set_status(self, status: Status) -> None:
         """Learn of a change; `Device.reset` sets the status to 0 without this call."""
+
+
+@runtime_checkable
+class TakesTurns(Protocol):
+    """A device that can be told not to keep a transport that has others to serve, however much its driver asks for."""
+
+    enough: Callable[[], bool]
+    """Asked after each buffer that `Device.process` serves: whether the others are left to the next call."""
 
 
 def most_queues(device: Device) -> int:

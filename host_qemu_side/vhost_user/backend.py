@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import logging
 import socket
+import time
 from collections.abc import Callable
 from typing import Any
 
-from host_qemu_side.loop import Loop
+from host_qemu_side.loop import TURN, Loop
 from host_qemu_side.vhost_user.descriptors import (
     NoDoorbell,
     check_held,
@@ -30,8 +31,6 @@ from vring.vhost_user import ProtocolFeature, VhostUserError
 __all__ = ["VhostUserBackend"]
 
 log = logging.getLogger(__name__)
-READS_A_TURN = 64
-"""Of one front end, before it is others' turn."""
 REFUSALS_TOLD = 20
 """Of one connection, in warnings: a front end that is refused for ever fills no disk."""
 
@@ -182,14 +181,11 @@ class VhostUserBackend:
         """Read exactly one header, then exactly its body: two messages may arrive glued, and a descriptor read with
         the wrong one has no owner.
         """
-        reads = 0
+        until = time.monotonic() + TURN
         try:
             while self._socket is not None:
                 wanted = (vu.HEADER_SIZE if self._header is None else self._header.size) - len(self._buffer)
                 if wanted > 0:
-                    if reads == READS_A_TURN:
-                        return  # what is left to read is still there the next time round
-                    reads += 1
                     data, fds = receive(self._socket, wanted)
                     self._fds += fds
                     if len(self._fds) > vu.MAX_FDS:
@@ -208,6 +204,8 @@ class VhostUserBackend:
                 self._header, self._fds = None, []
                 self._buffer.clear()
                 self._handle(header, payload, fds)
+                if time.monotonic() > until:
+                    return  # what is left to read is still there the next time round
         except BlockingIOError:
             pass
         except (VhostUserError, ConnectionError) as error:

@@ -59,7 +59,7 @@ class Ring:
     another: bool = False
     """Features were negotiated anew: whoever starts it is another driver."""
     call_due: bool = False
-    """An interrupt found no descriptor to be sent by."""
+    """An interrupt found no descriptor that it could be sent by."""
     again: bool = False
     """The loop comes back to it: there may be more than was served."""
 

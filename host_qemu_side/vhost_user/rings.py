@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
+import time
 from collections.abc import Callable
 from typing import Any
 
-from host_qemu_side.loop import Loop
+from host_qemu_side.loop import TURN, Loop
 from host_qemu_side.vhost_user.ring import Piece, Ring, Whose
 from host_qemu_side.vhost_user.table import MemoryTable
 from vring import vhost_user as vu
-from vring.device import Device, most_queues
+from vring.device import Device, TakesTurns, most_queues
 from vring.errors import VirtioError, reason
 from vring.features import CommonFeature
 from vring.peer import Signals, take_signals
@@ -52,6 +54,9 @@ class Rings:
         self.held = False
         self.last_error: str | None = None
         self._signals = Signals()
+        self._turn_ends = math.inf
+        if isinstance(device, TakesTurns):
+            device.enough = self._turn_is_over
 
     def __len__(self) -> int:
         return len(self._rings)
@@ -322,23 +327,29 @@ class Rings:
         self._deliver()
 
     def process(self, index: int) -> None:
-        """Serve a queue until it is empty, or for two calls of the device; the rest is left to the loop.
+        """Serve a queue until it is empty, or for two calls of the device and one turn; the rest is left to the loop.
 
         A guest can add buffers as fast as they are returned: whoever waited for the end of it would wait for ever.
         """
         ring = self._rings[index]
         if ring.queue is None or self.held:
             return
+        self._turn_ends = time.monotonic() + TURN
         try:
             served = self._device.process(index)
             ring.moved = ring.moved or served > 0
-            if served and self._device.process(index) and not ring.again:
+            if served and (self._turn_is_over() or self._device.process(index)) and not ring.again:
                 ring.again = True
                 self._loop.soon(lambda: self._again(index))
         except Exception as error:
             # The driver broke the ring, or this host could not do what it asked (a discard that failed: the buffer was
             # not returned; no memory). Either way this queue rests, and the others live on.
             self._broken(index, error)
+        finally:
+            self._turn_ends = math.inf
+
+    def _turn_is_over(self) -> bool:
+        return time.monotonic() > self._turn_ends
 
     def _again(self, index: int) -> None:
         self._rings[index].again = False
@@ -364,15 +375,19 @@ class Rings:
             self._interrupt(index)
 
     def _interrupt(self, index: int) -> None:
-        """Send an interrupt; without a descriptor it is due until there is one, however often the ring stops."""
+        """Send an interrupt; without a descriptor that takes it, it is due until there is one, however often the ring
+        stops.
+        """
         ring = self._rings[index]
-        ring.call_due = ring.call < 0
-        if not ring.call_due:
-            self._signal(ring.call)
+        ring.call_due = ring.call < 0 or not self._signal(ring.call)
 
-    def _signal(self, fd: int) -> None:
-        with contextlib.suppress(OSError):  # who has closed his end hears nothing
+    def _signal(self, fd: int) -> bool:
+        """Return whether it could be: who has closed his end hears nothing."""
+        try:
             self._signals.signal(fd)
+        except OSError:
+            return False
+        return True
 
     # -- pausing, saving ------------------------------------------------------------------------------------------
 
