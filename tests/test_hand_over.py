@@ -232,8 +232,14 @@ main()
 """
 
 
-@pytest.mark.parametrize("program", [UNKNOWN_FEATURE, NO_PROCESS], ids=["state", "launch"])
-def test_a_destination_that_cannot_go_on_says_so_before_it_has_the_guest(tmp_path: Path, program: str) -> None:
+@pytest.mark.parametrize(
+    ("program", "why"),
+    [(UNKNOWN_FEATURE, "features 0x4 are not served"), (NO_PROCESS, "the guest cannot be launched here")],
+    ids=["state", "launch"],
+)
+def test_a_destination_that_cannot_go_on_says_so_before_it_has_the_guest(
+    tmp_path: Path, program: str, why: str
+) -> None:
     serve = Process(tmp_path)
     try:
         command = [sys.executable, "-c", program, "receive", f"unix:{tmp_path}/d.sock"]
@@ -244,7 +250,7 @@ def test_a_destination_that_cannot_go_on_says_so_before_it_has_the_guest(tmp_pat
             said = there.communicate(timeout=20)[1]
         assert there.returncode in (3, 4)
         assert "Traceback" not in said
-        assert "the destination refused" in serve.ask("query-migrate")["error-desc"]
+        assert why in serve.ask("query-migrate")["error-desc"]
         assert serve.ask("query-status")["running"] is True
     finally:
         serve.end()
