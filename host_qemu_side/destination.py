@@ -369,6 +369,7 @@ class Resumption:
             if self._guest.refusal is None:
                 raise
             raise StreamError(f"the guest cannot go on here: {self._guest.refusal}") from error
+        self._told = True  # READY says more, and nothing but REPORT or REFUSED may follow it
 
     def start(self) -> None:
         """Obey COMMIT: the guest runs, unless it was stopped at the source.

@@ -436,7 +436,7 @@ class PythonGuest:
     def close(self, timeout: float = 3.0) -> None:
         """End the guest process, asking first."""
         if self.process.poll() is None:
-            with contextlib.suppress(OSError, PeerVanished):
+            with contextlib.suppress(OSError, VirtioError):
                 self.tell("quit")
             deadline = time.monotonic() + timeout
             while self.process.poll() is None and time.monotonic() < deadline:

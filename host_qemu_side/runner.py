@@ -244,7 +244,7 @@ class MigrationRunner:
             return POLL
         if record.kind is not Kind.HELLO:
             raise StreamError(f"the destination began with {record.kind.name}, not with HELLO")
-        self.migration.awaits_launch = Hello.of(record).launches and self.migration.hand_over
+        self.migration.greeted(Hello.of(record))
         self._loop.unwatch(self._watched)
         self.phase = RunnerPhase.MIGRATE
         return 0.0

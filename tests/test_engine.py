@@ -7,8 +7,10 @@ import math
 import pytest
 from harness import MIB, Shape, Violation, World
 
+from host_qemu_side import deadlines
 from host_qemu_side.migration import Cancelled, Limits, Migration
 from host_qemu_side.migration.receiver import ReceiverState
+from host_qemu_side.migration.records import Hello
 from host_qemu_side.migration.stream import Kind, StreamError
 from vring.dirty import DirtyLogVoid
 from vring.errors import PeerVanished, UsageError, VirtioError
@@ -276,6 +278,46 @@ def test_destination_never_answers(world):
         arrived = world.advance(1.0)
     assert "did not confirm" in str(arrived.error)
     world.judge(arrived)
+
+
+def test_a_process_that_is_never_launched_is_waited_for_once(world):
+    """Ten seconds in all, however many rounds there are; then it costs downtime only."""
+    migration = world.migrate(bandwidth=0.0, max_rounds=5)
+    migration.greeted(Hello(launches=True))
+    began = world.clock.now
+    to_phase(world, "round")
+    while migration.phase.value in ("round", "sync"):
+        world.advance(0.5)
+    assert deadlines.LAUNCHED <= world.clock.now - began < 2 * deadlines.LAUNCHED
+    world.judge(world.finish())
+
+
+def test_a_migration_takes_hello_itself(world):
+    """Nobody read the destination's HELLO before: what it announces may come all the same."""
+    migration = world.migrate(bandwidth=0.0)
+    said = world.destination.receiver
+    for part in said.hello(launches=True) + said.launched():
+        world.destination._answers.feed(part)
+    arrived = world.finish()
+    assert arrived.error is None
+    assert not migration.awaits_launch
+    world.judge(arrived).close()
+
+
+def test_nothing_follows_a_torn_commit(world):
+    """A part of COMMIT never left: the guest is ours, and what is said after it would be read as the rest of it."""
+    world.migrate(bandwidth=0.0)
+    to_phase(world, "handover")
+    while Kind.END not in world.destination.kinds:
+        world.advance()
+    world.destination.room = 10
+    to_phase(world, "committed")
+    world.advance()
+    world.migration.abort(PeerVanished("gone"))
+    assert not world.migration.committed
+    assert world.events[-1] == "thaw"
+    assert not world.destination.blocked
+    assert not world.destination.receiver_owns_guest
 
 
 def test_guest_that_cannot_be_frozen(world):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import random
+import socket
 import subprocess
 import sys
 import time
@@ -20,7 +21,7 @@ from serve_process import Process, receiver, wait_for
 from shape import Shape
 
 from guest_driver.process import _Command
-from host_qemu_side.migration.stream import Kind, StreamError, StreamReader, StreamWriter
+from host_qemu_side.migration.stream import MAGIC, Kind, StreamError, StreamReader, StreamWriter
 from host_qemu_side.python_guest import PythonGuest
 from host_qemu_side.source import SourceHost
 from vring.errors import DeviceError, PeerVanished, VirtioError
@@ -215,6 +216,30 @@ def test_a_stopped_guest_arrives_stopped(tmp_path: Path, start: bool) -> None:
         serve.end()
 
 
+def test_ready_is_the_last_word_before_commit(tmp_path: Path) -> None:
+    """All of a guest is there before its process is up: READY says that it is, nothing after it."""
+    serve = Process(tmp_path, memory="16M")
+    try:
+        serve.ask("migrate", uri=f"file:{tmp_path}/image")
+        wait_for(lambda: serve.ask("query-migrate")["status"] == "completed")
+    finally:
+        serve.end()
+    stream = (tmp_path / "image").read_bytes()[: -len(b"".join(StreamWriter().commit())) + len(MAGIC)]
+    with receiver(f"unix:{tmp_path}/d.sock") as there, socket.socket(socket.AF_UNIX) as source:
+        source.connect(f"{tmp_path}/d.sock")
+        source.sendall(stream)
+        reader, kinds = StreamReader(), list[Kind]()
+        source.settimeout(30.0)
+        with contextlib.suppress(TimeoutError):
+            while data := source.recv(1 << 16):
+                reader.feed(data)
+                while (record := reader.next()) is not None:
+                    kinds.append(record.kind)
+                    source.settimeout(1.0 if record.kind is Kind.READY else 30.0)
+        there.kill()
+    assert kinds[-1] is Kind.READY
+
+
 UNKNOWN_FEATURE = """
 import balloon_dev.device as device
 device.SUPPORTED_FEATURES &= ~(1 << 2)
@@ -232,8 +257,14 @@ main()
 """
 
 
-@pytest.mark.parametrize("program", [UNKNOWN_FEATURE, NO_PROCESS], ids=["state", "launch"])
-def test_a_destination_that_cannot_go_on_says_so_before_it_has_the_guest(tmp_path: Path, program: str) -> None:
+@pytest.mark.parametrize(
+    ("program", "why"),
+    [(UNKNOWN_FEATURE, "features 0x4 are not served"), (NO_PROCESS, "the guest cannot be launched here")],
+    ids=["state", "launch"],
+)
+def test_a_destination_that_cannot_go_on_says_so_before_it_has_the_guest(
+    tmp_path: Path, program: str, why: str
+) -> None:
     serve = Process(tmp_path)
     try:
         command = [sys.executable, "-c", program, "receive", f"unix:{tmp_path}/d.sock"]
@@ -244,7 +275,7 @@ def test_a_destination_that_cannot_go_on_says_so_before_it_has_the_guest(tmp_pat
             said = there.communicate(timeout=20)[1]
         assert there.returncode in (3, 4)
         assert "Traceback" not in said
-        assert "the destination refused" in serve.ask("query-migrate")["error-desc"]
+        assert why in serve.ask("query-migrate")["error-desc"]
         assert serve.ask("query-status")["running"] is True
     finally:
         serve.end()

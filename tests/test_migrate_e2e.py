@@ -214,7 +214,8 @@ def test_a_sparse_guest_stays_sparse(runs: dict[str, Future[Done]]) -> None:
     assert_correct(run)
     touched = run["nonzero_pages_at_start"] * PAGE
     assert touched < 1 << 30
-    assert run["bytes_sent"] < 2 * touched
+    for each in run["rounds"]:  # how many there are, and what is written meanwhile, is a matter of time
+        assert each["bytes_sent"] < 1.1 * touched
     assert 0 < done.watched.shared_file < touched + (64 << 20)
     # On top of what a host may take come the digests for the oracle, 8 bytes a page, which only a judge needs.
     for role in ("source", "receiver"):

@@ -111,7 +111,7 @@ EARLIER = {
     ReceiverState.COMMITTED: [record(Kind.STATE), record(Kind.END), record(Kind.COMMIT)],
 }
 MAY_COME = {
-    ReceiverState.HEADER: {Kind.HEADER},
+    ReceiverState.HEADER: {Kind.HEADER, Kind.CANCEL},
     ReceiverState.RAM: {Kind.PAGES, Kind.ZERO, Kind.ROUND, Kind.STATE, Kind.CANCEL},
     ReceiverState.STATE: {Kind.END, Kind.CANCEL},
     ReceiverState.READY: {Kind.COMMIT, Kind.CANCEL},
@@ -251,6 +251,21 @@ def test_what_arrived_is_refused_before_ready():
     with pytest.raises(UsageError, match=r"no use for \{'a': 1\}"):
         there.handle(record(Kind.END))
     assert there.state is ReceiverState.STATE
+
+
+def test_a_refusal_at_the_end_is_the_next_record_that_the_source_hears():
+    """Also if digests were due before READY: a record that nobody sends would leave a gap before it."""
+
+    def no(there):
+        raise UsageError("no room")
+
+    there = Receiver(prepare=no)
+    said = there.hello(launches=True) + there.launched()
+    for each in (record(Kind.HEADER), record(Kind.STATE)):
+        there.handle(each)
+    with pytest.raises(UsageError, match="no room"):
+        there.handle(record(Kind.END))
+    assert [each.kind for each in answers(said + there.refuse("no room"))] == [Kind.HELLO, Kind.LAUNCHED, Kind.REFUSED]
 
 
 def test_pages_are_stored_however_little_is_taken_at_a_time(monkeypatch):

@@ -119,3 +119,15 @@ def test_and_then_an_odd_report(serve, tmp_path):
     assert state["status"] == "completed"
     wait_for(lambda: "NaN is not JSON" in serve.ask("query-migrate").get("error-desc", ""))
     assert serve.ask("query-status")["status"] == "postmigrate"
+
+
+def test_a_guest_that_is_forced_to_go_on_is_as_it_was(serve, tmp_path):
+    """Nobody knows whether the destination has it; a person who does may let it go on, stop it and migrate it again."""
+    if serve.ask("query-status")["status"] == "running":
+        migrated(serve, tmp_path, {Kind.END: [(Kind.READY, b"{}")], Kind.COMMIT: [(Kind.REPORT, b"{}")]})
+    assert serve.ask("query-status")["status"] == "postmigrate"
+    wait_for(lambda: {"error-desc", "destination"} & set(serve.ask("query-migrate")))
+    serve.ask("cont", force=True)
+    for command, status in (("stop", "paused"), ("cont", "running")):
+        serve.ask(command)
+        assert serve.ask("query-status")["status"] == status

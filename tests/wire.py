@@ -174,6 +174,7 @@ class Destination:
     def retract(self) -> bool:
         """Drop what was not taken."""
         left = bool(self._pending)
+        self.commit_sent = self.commit_sent and not left
         self._pending.clear()
         return left
 

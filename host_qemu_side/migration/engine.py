@@ -105,6 +105,7 @@ class Migration:
         self.frozen = False
         self.awaits_launch = False
         """Whether the destination will say LAUNCHED, which is worth waiting for before the guest is frozen."""
+        self._launch_until = math.inf
         if hints is not None and not log.hints_safe:
             self.hints, self.result.hints_refused = (
                 None,
@@ -191,6 +192,11 @@ class Migration:
             self._script = None
             self._give_back(error)
 
+    def greeted(self, hello: Hello) -> None:
+        """Take the destination's HELLO, for whoever reads it before the first step; else the migration does."""
+        self._heard = True
+        self.awaits_launch = hello.launches and self.hand_over
+
     def take_back(self, why: BaseException) -> None:
         """The destination has told that the guest has not run there and never will: it is ours again, and goes on."""
         self.committed = False
@@ -201,8 +207,9 @@ class Migration:
 
     def _give_back(self, error: BaseException) -> None:
         """After a failure: whatever was begun is ended, the guest gets DONE and goes on."""
-        if self._committing and self.output.retract():
-            self.committed = False  # a part of COMMIT never left, so nobody has got it
+        torn = self._committing and self.output.retract()
+        if torn:
+            self.committed = False  # a part of COMMIT never left, so nobody has got it; and no record can follow it
         self._enter(Phase.CANCELLED if isinstance(error, Cancelled) else Phase.FAILED)
         steps: list[Callable[[], object]] = [self.log.stop]
         if not self.committed:
@@ -210,7 +217,8 @@ class Migration:
                 steps += [self._forget_hints, self.hints.done]
             if self.frozen:
                 steps.append(self._thaw)
-            steps += [lambda: self.output.send(self._writer.say(Cancel(str(error)))), self.output.flush]
+            if not torn:
+                steps += [lambda: self.output.send(self._writer.say(Cancel(str(error)))), self.output.flush]
         for step in steps:  # each one whatever became of those before it: a log that fails must not cost the guest
             with contextlib.suppress(VirtioError, OSError):  # the first error is the one to tell
                 step()
@@ -298,7 +306,8 @@ class Migration:
     def _launched(self) -> Generator[float, None, None]:
         """Before the guest may be frozen: wait for a process to be there for it, which takes longer than a downtime."""
         began = self._now
-        while self.awaits_launch and self._now < began + deadlines.LAUNCHED:
+        self._launch_until = min(self._launch_until, began + deadlines.LAUNCHED)  # over all rounds
+        while self.awaits_launch and self._now < self._launch_until:
             self._hear()
             self._serve_hints()
             yield self._now + 0.005
@@ -519,11 +528,13 @@ class Migration:
         yield self._now
 
     def _answer(self) -> Record | None:
-        """Return what the destination says; its HELLO, if nobody has read that before, is only looked at."""
+        """Return what the destination says; its HELLO, if nobody has read that before, is taken first."""
         record = self.output.answer()
-        first, self._heard = not self._heard, self._heard or record is not None
-        if first and record is not None and record.kind is Kind.HELLO:
-            Hello.of(record)
+        if self._heard or record is None:
+            return record
+        self._heard = True
+        if record.kind is Kind.HELLO:
+            self.greeted(Hello.of(record))
             record = self.output.answer()
         return record
 

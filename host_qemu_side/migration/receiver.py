@@ -109,13 +109,13 @@ class Receiver:
             If this machine has no memory for it.
         """
         kind = record.kind
+        if kind is Kind.CANCEL and self.state is not ReceiverState.COMMITTED:
+            self.cancelled, self.state = Cancel.of(record).why, ReceiverState.CANCELLED
+            return []
         if self.state is ReceiverState.HEADER:
             if kind is not Kind.HEADER:
                 raise StreamError(f"the stream begins with {kind.name}, not with a header")
             self._begin(Header.of(record))
-            return []
-        if kind is Kind.CANCEL and self.state is not ReceiverState.COMMITTED:
-            self.cancelled, self.state = Cancel.of(record).why, ReceiverState.CANCELLED
             return []
         if self.state is ReceiverState.RAM and kind in (Kind.PAGES, Kind.ZERO):
             self._ram(record)
@@ -214,16 +214,14 @@ class Receiver:
         for what, there, here in (("pages", sent.pages, self.pages), ("zero pages", sent.zero_pages, self.zero_pages)):
             if there != here:
                 raise StreamError(f"the source sent {there} {what}, {here} arrived")
-        answer: list[bytes | memoryview] = []
         began = self._clock()
-        if self._digests:
-            for digests in digests_in_order(self.memory, MAX_DIGESTS):
-                answer += self.writer.digests(digests)
+        digests = list(digests_in_order(self.memory, MAX_DIGESTS)) if self._digests else []
         found, took = self._inspect(self), self._clock() - began
         if self.hands_over:
             self._prepare(self)
         self.ready = replace(found, pages=self.pages, zero_pages=self.zero_pages, digest_seconds=took)
-        answer += self.writer.say(self.ready)
+        # No record is made before all is well: else the one that refuses the guest would not be the next one.
+        answer = [part for some in digests for part in self.writer.digests(some)] + self.writer.say(self.ready)
         self.state = ReceiverState.READY if self.hands_over else ReceiverState.IMAGE
         return answer
 

@@ -152,7 +152,7 @@ class OwnGuest:
         if self._pausing is not None:
             raise QmpError("the guest is about to pause; try again")
         if self.handed_over:
-            self.handed_over = False
+            self.handed_over = self._departing = False
             self._holders.clear()
         elif self.stopped:
             self._holders.discard("user")
