@@ -27,7 +27,7 @@ from guest_driver.balloon import BLOCK_BYTES
 from guest_driver.memory_manager import HINT_ORDER, Alloc, MemoryManager, Owner
 from guest_driver.workloads import Workload
 from host_qemu_side.discard import Discarder
-from host_qemu_side.migration import Limits, Migration
+from host_qemu_side.migration import Limits, Migration, Phase
 from host_qemu_side.python_guest import CombinedLog
 from host_qemu_side.witness import Witness
 from vring import bitmap
@@ -380,10 +380,12 @@ class World:
         self.migration = None
         return arrived
 
-    def finish(self, seconds: float = 1e7) -> Arrived:
-        """Step the migration to its end, nothing else happening."""
+    def finish(self, seconds: float | None = None) -> Arrived:
+        """Step the migration to its end, nothing else happening: as if the link were without limit, or by the clock."""
         for _ in range(5000):
-            arrived = self.advance(seconds)
+            assert self.migration is not None
+            unlimited = 1.0 if self.migration.phase is Phase.HANDOVER else 1e7
+            arrived = self.advance(unlimited if seconds is None else seconds)
             if arrived is not None:
                 return arrived
         raise Violation("the migration never ends")

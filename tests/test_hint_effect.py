@@ -143,7 +143,7 @@ def test_a_hint_outside_ram_breaks_the_queue_and_nothing_else(addr, length):
     with pytest.raises(Violation, match="VQ_EADDR"):
         world.serve()
     assert world.hints_applied == 0
-    arrived = world.finish(50.0)
+    arrived = world.finish()
     assert arrived.phase == "done"
     assert arrived.verdict is not None
     assert arrived.verdict.pages_wrong == 0
