@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from balloon_cli.errors import message
 from balloon_cli.guests import require_room
 from balloon_cli.signals import next_one_kills
 from guest_driver.process import die_with_parent as bind_to_parent
@@ -194,20 +195,26 @@ def _go_on(
     interrupts: _Interrupts,
     say: Callable[[str], None],
 ) -> None:
+    wrong: VirtioError | None = None
     try:
         resumption.start()
         say("the guest runs here" if resumption.running else "the guest is here, stopped as it was; --start starts it")
         facts["resumed"] = resumption.examine()
         _tell(source, receiver.report(Report.from_json(facts["resumed"])))
-        if options.keep:
-            interrupts.keeping = True  # before anybody is told that Ctrl-C is fine
-            say(f"the guest was checked and {'runs on' if resumption.running else 'is kept'}; Ctrl-C ends it")
-            resumption.serve_while(lambda: not interrupts.asked)
     except VirtioError as error:
-        if facts["resumed"] is None:
+        if not (options.keep and resumption.lives):
             vanished = isinstance(error, PeerVanished)
             _tell(source, receiver.refuse(str(error), vanished=vanished, started=resumption.started))
-        raise
+            raise
+        wrong = error  # too slow to be checked, say: it is here all the same, and nobody else has it
+        _tell(source, receiver.report(Report(running=resumption.running)))
+    if options.keep:
+        interrupts.keeping = True  # before anybody is told that Ctrl-C is fine
+        how = "was checked and" if wrong is None else f"could not be checked ({message(wrong)}) and"
+        say(f"the guest {how} {'runs on' if resumption.running else 'is kept'}; Ctrl-C ends it")
+        resumption.serve_while(lambda: not interrupts.asked)
+    if wrong is not None:
+        raise wrong
 
 
 def _tell(source: Any, buffers: list[bytes | memoryview]) -> None:

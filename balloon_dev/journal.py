@@ -28,7 +28,7 @@ import threading
 import numpy as np
 import numpy.typing as npt
 
-from vring.backing import close_with
+from vring.backing import close_with, keep_size, make_memfd
 
 __all__ = ["Journal", "JournalError"]
 
@@ -77,9 +77,10 @@ class Journal:
     @classmethod
     def create(cls, pages: int) -> Journal:
         """Make an empty journal for `pages` pages, epoch 0, in a memfd of its own."""
-        fd = os.memfd_create("guest-journal", os.MFD_CLOEXEC)
+        fd = make_memfd("guest-journal")
         try:
             os.ftruncate(fd, HEADER_BYTES + 8 * pages)
+            keep_size(fd)
             header = np.zeros(8, dtype="<u4")
             header[:6].view("<u8")[:] = (MAGIC, VERSION | HEADER_BYTES << 32, pages)
             os.pwrite(fd, header.tobytes(), 0)

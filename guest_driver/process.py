@@ -32,6 +32,7 @@ from guest_driver.memory_manager import MemoryManager, Owner
 from guest_driver.vhost_user import VhostUserTransport
 from guest_driver.waiting import wait_readable, waiter
 from guest_driver.workloads import Workload
+from vring.backing import keep_size, make_memfd
 from vring.decode import U16, Fields, parse_json
 from vring.dirty import wp_async
 from vring.dirty.software import SoftwareDirtyLog
@@ -295,8 +296,9 @@ class GuestProcess:
         log_fd = -1
         if not ranges:  # no kernel help, or not wanted: mark what is written
             size = SoftwareDirtyLog.bytes_for(self.memory.page_span)
-            log_fd = os.memfd_create("dirty-log", os.MFD_CLOEXEC)
+            log_fd = make_memfd("dirty-log")
             os.ftruncate(log_fd, size)
+            keep_size(log_fd)
             self._shared_log = mmap.mmap(log_fd, size)
             self.manager.use_dirty_log(np.frombuffer(self._shared_log, dtype=np.uint64))
             fds.append(log_fd)

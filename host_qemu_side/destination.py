@@ -385,6 +385,16 @@ class Resumption:
         if self._running:
             self._guest.thaw()
 
+    @property
+    def lives(self) -> bool:
+        """Whether the guest was started and is there."""
+        try:
+            if self._guest is not None:
+                self._guest.check_alive()
+        except VirtioError:
+            return False
+        return self.started
+
     def examine(self, run_for: float = 0.5) -> dict[str, Any]:
         """See that the guest does well; return what was found as JSON values.
 

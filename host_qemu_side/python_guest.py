@@ -25,6 +25,7 @@ from balloon_dev.journal import Journal
 from host_qemu_side import deadlines
 from host_qemu_side.loop import Loop
 from host_qemu_side.vhost_user import VhostUserBackend
+from vring.backing import keeps_size
 from vring.decode import Fields, parse_json, visible
 from vring.dirty import DirtyLog
 from vring.dirty.combined import CombinedLog
@@ -207,6 +208,8 @@ class PythonGuest:
             hello = Hello.decode(fields, self.pid)
             if len(fds) != (1 if hello.ranges else 2):
                 raise DriverError(f"{fields.what}: it brings {len(fds)} descriptors")
+            if not all(keeps_size(fd) for fd in fds):
+                raise DriverError(f"{fields.what}: what it shares could be cut off (no F_SEAL_SHRINK)")
             try:
                 self.journal = Journal.open(fds[-1])
             except (OSError, ValueError) as error:

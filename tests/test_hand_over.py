@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import random
+import signal
 import socket
 import subprocess
 import sys
@@ -24,7 +26,8 @@ from guest_driver.process import _Command
 from host_qemu_side.migration.stream import MAGIC, Kind, StreamError, StreamReader, StreamWriter
 from host_qemu_side.python_guest import PythonGuest
 from host_qemu_side.source import SourceHost
-from vring.errors import DeviceError, PeerVanished, VirtioError
+from vring.backing import keep_size
+from vring.errors import DeviceError, DriverError, PeerVanished, VirtioError
 
 # -- the guest's control channel --------------------------------------------------------------------------------------
 
@@ -296,3 +299,54 @@ def test_names_that_cannot_be_are_refused_at_once(tmp_path: Path, uri: str) -> N
         assert serve.ask("query-status")["running"] is True
     finally:
         serve.end()
+
+
+NEVER_CHECKED = """
+import host_qemu_side.deadlines as deadlines
+deadlines.CHECK = 0.0
+from balloon_cli.__main__ import main
+main()
+"""
+
+
+def test_a_guest_that_is_too_slow_to_be_checked_is_kept(tmp_path: Path) -> None:
+    """It was handed over: to end it here because it takes long would leave it nowhere."""
+    serve = Process(tmp_path)
+    try:
+        command = [sys.executable, "-c", NEVER_CHECKED, "receive", f"unix:{tmp_path}/d.sock", "--keep"]
+        with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as there:
+            assert there.stderr is not None
+            wait_for((tmp_path / "d.sock").exists)
+            serve.ask("migrate", uri=f"unix:{tmp_path}/d.sock")
+            for line in there.stderr:
+                if "Ctrl-C ends it" in line:
+                    break
+            assert "could not be checked" in line
+            assert "runs on" in line
+            wait_for(lambda: serve.ask("query-migrate").get("destination") == {"running": True})
+            there.send_signal(signal.SIGINT)
+            there.communicate(timeout=20)
+        assert there.returncode == 5
+        assert serve.ask("query-status")["running"] is False
+    finally:
+        serve.end()
+
+
+@pytest.mark.parametrize("sealed", [0, 1])
+def test_what_a_guest_shares_and_could_cut_off_is_not_taken(sealed: int) -> None:
+    """Its journal, its dirty log: an access past the end of either would end this process."""
+    with SourceHost() as host, contextlib.ExitStack() as stack:
+        made = PythonGuest(host.loop, host.backend, None, ["--memory", "16M", "--dirty-log", "software"])
+        stack.callback(made.close)
+        made.wait_ready()
+        assert made.hello is not None
+        hello = {"event": "hello", "pid": made.pid, "memory": 16 << 20, "dirty_log": "software", "ranges": []}
+        made.hello = None
+        fds = [os.memfd_create("cut", os.MFD_ALLOW_SEALING) for _ in range(2)]
+        for fd in fds:
+            os.ftruncate(fd, 1 << 20)
+            stack.callback(os.close, fd)
+        for fd in fds[:sealed]:
+            keep_size(fd)
+        with pytest.raises(DriverError, match="F_SEAL_SHRINK"):
+            made._heard(json.dumps({**hello, "kernel_bytes": 1 << 20}).encode(), fds)

@@ -19,6 +19,7 @@ from front_end import RINGS, Front
 from host_qemu_side.loop import Loop
 from host_qemu_side.monitor.dispatch import Command, Dispatcher, Session
 from host_qemu_side.monitor.server import MonitorServer
+from host_qemu_side.vhost_user.rings import BREAKS_TOLD
 from vring import vhost_user as vu
 from vring.errors import VirtioError
 from vring.vhost_user import F_PROTOCOL_FEATURES, Request
@@ -207,3 +208,16 @@ def test_an_interrupt_that_could_not_be_sent_is_sent_by_the_next_descriptor(fron
     assert front.used() == 1
     front.call()
     assert front.rung()
+
+
+def test_a_ring_that_breaks_for_ever_fills_no_log(front: Front, caplog: pytest.LogCaptureFixture) -> None:
+    front.probe(RINGS, F_PROTOCOL_FEATURES)
+    for _ in range(3 * BREAKS_TOLD):
+        front.backend._rings._broken(0, VirtioError("a ring that cannot be trusted"))
+    assert sum("cannot be trusted" in record.message for record in caplog.records) == BREAKS_TOLD
+    front.backend.disconnect()
+    front.socket.close()
+    front.socket, theirs = socket.socketpair()
+    front.backend.serve(theirs)
+    front.backend._rings._broken(0, VirtioError("a ring that cannot be trusted"))
+    assert sum("cannot be trusted" in record.message for record in caplog.records) == BREAKS_TOLD + 1

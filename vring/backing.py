@@ -27,6 +27,7 @@ __all__ = [
     "describe_fd",
     "huge_page_counts",
     "keep_size",
+    "keeps_size",
     "make_memfd",
     "no_huge_pages",
 ]
@@ -151,3 +152,11 @@ def make_memfd(name: str, page_size: int = PAGE_SIZE) -> int:
 def keep_size(fd: int) -> None:
     """See that nobody who has a memory object of ours can make it shorter: an access past its end kills a process."""
     fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK)
+
+
+def keeps_size(fd: int) -> bool:
+    """Whether nobody can make a file shorter: a memory object that `keep_size` was called for, by whomever."""
+    try:
+        return bool(fcntl.fcntl(fd, fcntl.F_GET_SEALS) & fcntl.F_SEAL_SHRINK)
+    except OSError:  # a file of another kind
+        return False

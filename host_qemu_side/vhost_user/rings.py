@@ -27,6 +27,8 @@ from vring.vhost_user import VhostUserError
 __all__ = ["Ring", "Rings"]
 
 log = logging.getLogger(__name__)
+BREAKS_TOLD = 20
+"""Of one front end's rings, as errors: one that is broken and set up again for ever fills no disk."""
 NOT_THE_DEVICES = vu.F_PROTOCOL_FEATURES | vu.F_LOG_ALL
 """Feature bits of vhost and vhost-user: they may change while one driver goes on."""
 
@@ -52,6 +54,7 @@ class Rings:
         self.features: int | None = None
         """As negotiated; None: not yet."""
         self.held = False
+        self._breaks = 0
         self.last_error: str | None = None
         self._signals = Signals()
         self._turn_ends = math.inf
@@ -191,6 +194,7 @@ class Rings:
             self._loop.unwatch(ring.kick)
             ring.close()
         self._rings = [Ring() for _ in self._rings]
+        self._breaks = 0
         self.features = None
         if table:
             self.table = MemoryTable()
@@ -358,7 +362,9 @@ class Rings:
 
     def _broken(self, index: int, error: Exception, pieces: Piece = Piece.ALL) -> None:
         """A ring that cannot be trusted: stop it until these pieces are said anew, signal its err descriptor, log."""
-        log.error("vhost-user: queue %d is stopped until it is set up again: %s", index, reason(error))
+        self._breaks += 1
+        level = logging.ERROR if self._breaks <= BREAKS_TOLD else logging.DEBUG
+        log.log(level, "vhost-user: queue %d is stopped until it is set up again: %s", index, reason(error))
         self.last_error = reason(error)
         self.stop(index)
         self._forget(index, pieces)
