@@ -34,7 +34,7 @@ from vring.errors import DeviceError, DriverError, PeerVanished, VirtioError
 
 def test_late_freezes() -> None:
     """The short version of `explore_late_freezes`."""
-    tally = explore(12, random.Random(1), (0.05, 0.1, 0.5, 1.0))
+    tally = explore(6, random.Random(1), (0.05, 0.1, 0.5, 1.0))
     assert tally.wrong == 0
     assert tally.migrated > 0
     assert tally.timed_out > 0
