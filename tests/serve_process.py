@@ -31,7 +31,12 @@ class Process:
             command += ["--guest", "python", "--memory", memory]
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(command, stdout=log, stderr=log)
-        wait_for(lambda: self.told("guest-ready" if guest else "listening"))
+        try:
+            wait_for(lambda: self.told("guest-ready" if guest else "listening"))
+        except BaseException:  # nobody else could end it
+            self.process.kill()
+            self.process.wait()
+            raise
 
     def told(self, name):
         return [json.loads(text)["data"] for text in self.log.read_text().splitlines() if f'"event": "{name}"' in text]
